@@ -1,0 +1,53 @@
+"""Buckets: the sizes for which a CUDA graph exists.
+
+Kernels read the true counts from the device, so a half-full bucket costs about half: the ladder can be sparse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .errors import InputError
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Bucket:
+    """Capacity of one graph: patches (tokens) and attention segments, which bound the images too."""
+
+    tokens: int
+    segments: int
+
+    def holds(self, tokens: int, segments: int) -> bool:
+        return tokens <= self.tokens and segments <= self.segments
+
+
+def ladder(max_tokens: int) -> tuple[Bucket, ...]:
+    """Powers of two from 256 tokens up to max_tokens (always included), a segment for every 64 tokens."""
+    if max_tokens <= 0:
+        raise InputError(f"max_tokens is {max_tokens}; expected a positive number of patches")
+    sizes = [256]
+    while sizes[-1] < max_tokens:
+        sizes.append(min(sizes[-1] * 2, max_tokens))
+    return tuple(Bucket(size, max(16, size // 64)) for size in sizes)
+
+
+def as_buckets(values: Iterable[Bucket | int | Sequence[int]]) -> tuple[Bucket, ...]:
+    """Buckets from the user's list: Bucket, tokens, or (tokens, segments); sorted. Raises InputError."""
+    buckets = []
+    for value in values:
+        if isinstance(value, int):
+            value = Bucket(value, max(16, value // 64))
+        elif not isinstance(value, Bucket):
+            value = Bucket(*value)
+        if value.tokens <= 0 or value.segments <= 0:
+            raise InputError(f"bucket is {value}; expected positive tokens and segments")
+        buckets.append(value)
+    if not buckets:
+        raise InputError("buckets is empty; expected at least one, such as (256, 4096)")
+    return tuple(sorted(set(buckets)))
+
+
+def choose(buckets: Sequence[Bucket], tokens: int, segments: int) -> Bucket | None:
+    """The smallest bucket that holds the pack, or None."""
+    return next((b for b in buckets if b.holds(tokens, segments)), None)

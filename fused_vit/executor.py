@@ -1,0 +1,58 @@
+"""The two ways to run a plan: `define` in torch on any device, `launch` as Triton kernels over a workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from .packing import Item, table
+from .plan import Plan, Step
+
+Tensors = Mapping[str, torch.Tensor]
+WHOLE_SEGMENT = 1 << 30  # attention tile of the definition: all queries of a segment at once
+
+
+def trace(
+    plan: Plan, weights: Tensors, pixels: torch.Tensor, pack: Sequence[Item]
+) -> Iterator[tuple[Step, dict[str, torch.Tensor]]]:
+    """Run the definition step by step, yielding each step with all buffers after it."""
+    from .kernels.ops import OPS
+
+    integers = table(pack, plan.spec.merger.size, WHOLE_SEGMENT)
+    buffers = {"table": torch.tensor(integers, dtype=torch.int32, device=pixels.device), "pixels": pixels}
+    for step in plan.steps:
+        options = dict(step.options, tile=WHOLE_SEGMENT) if step.op == "unfold" else dict(step.options)
+        written = OPS[step.op].ref(*_inputs(step, buffers, weights), **options)
+        buffers.update(zip(step.writes, written if isinstance(written, tuple) else (written,), strict=True))
+        yield step, buffers
+
+
+def define(plan: Plan, weights: Tensors, pixels: torch.Tensor, pack: Sequence[Item]) -> list[torch.Tensor]:
+    """The plan's outputs by torch: pixels [rows, features] in the weights' dtype, on any device."""
+    buffers: dict[str, torch.Tensor] = {}
+    for _, buffers in trace(plan, weights, pixels, pack):  # noqa: B007
+        pass
+    return [buffers[name] for name in plan.outputs]
+
+
+def launch(plan: Plan, weights: Tensors, buffers: Tensors, tile: int) -> None:
+    """The plan's kernels on the current stream. Allocates nothing, synchronises nothing: fit for capture."""
+    for step in plan.steps:
+        launch_step(step, weights, buffers, tile)
+
+
+def launch_step(step: Step, weights: Tensors, buffers: Tensors, tile: int) -> None:
+    from .kernels.ops import OPS
+
+    options = dict(step.options)
+    if step.op == "unfold":
+        options["tile"] = tile
+    if step.count is not None:
+        options["count"] = buffers["table"][step.count :]
+    OPS[step.op].launch(*(buffers[name] for name in step.writes), *_inputs(step, buffers, weights), **options)
+
+
+def _inputs(step: Step, buffers: Tensors, weights: Tensors) -> list[torch.Tensor | None]:
+    """A step's arguments: an absent buffer or weight is None."""
+    return [buffers[name] if name else None for name in step.reads] + [weights[name] if name else None for name in step.weights]

@@ -1,0 +1,80 @@
+"""Workspace: one slab of device memory in which every bucket places its buffers. Buckets never run at once, so they share.
+
+A launch allocates nothing, memory does not grow with the number of buckets, and stale contents are harmless by contract.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from .buckets import Bucket
+from .packing import FIELDS, HEADER
+from .plan import Buffer, Plan
+
+ALIGNMENT = 256  # bytes
+_BYTES = {"float32": 4, "int32": 4}
+_DTYPES = {"float32": torch.float32, "int32": torch.int32}
+
+
+def shapes(plan: Plan, bucket: Bucket, tile: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each buffer in a bucket. A segment adds at most one attention tile that is not full."""
+    sizes: Mapping[str, int] = {
+        "rows": bucket.tokens,
+        "merged": bucket.tokens // plan.spec.merger.patches,
+        "tiles": bucket.tokens // tile + bucket.segments,
+        "table": HEADER + FIELDS * bucket.segments,
+    }
+    return {b.name: tuple(d if isinstance(d, int) else sizes[d] for d in b.shape) for b in plan.buffers}
+
+
+def _lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
+    """First and last step that touch a buffer; inputs live from the start, outputs to the end."""
+    spans: dict[str, tuple[int, int]] = {"table": (0, len(plan.steps)), "pixels": (0, 0)}
+    for i, step in enumerate(plan.steps):
+        for name in (*step.reads, *step.writes):
+            if name:
+                spans[name] = (spans.get(name, (i, i))[0], max(i, spans.get(name, (i, i))[1]))
+    return spans | {name: (spans[name][0], len(plan.steps)) for name in plan.outputs}
+
+
+def place(plan: Plan, bucket: Bucket, itemsize: int, tile: int) -> tuple[dict[str, int], int]:
+    """Byte offset of each buffer and the slab's size: largest first, each at the lowest place free during its life."""
+    sizes = {
+        b.name: math.prod(shapes(plan, bucket, tile)[b.name]) * _BYTES.get(b.dtype, itemsize) for b in plan.buffers
+    }
+    spans = _lifetimes(plan)
+    offsets: dict[str, int] = {}
+    for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
+        offset = 0
+        for other in sorted(offsets, key=offsets.__getitem__):
+            overlaps = spans[name][0] <= spans[other][1] and spans[other][0] <= spans[name][1]
+            if overlaps and offset < offsets[other] + sizes[other] and offsets[other] < offset + sizes[name]:
+                offset = -(-(offsets[other] + sizes[other]) // ALIGNMENT) * ALIGNMENT
+        offsets[name] = offset
+    return offsets, max(offsets[name] + sizes[name] for name in sizes)
+
+
+class Workspace:
+    """A slab on a device and the views of each bucket into it."""
+
+    def __init__(self, plan: Plan, largest: Bucket, dtype: torch.dtype, device: torch.device, tile: int) -> None:
+        self.plan, self.dtype, self.tile = plan, dtype, tile
+        self.slab = torch.empty(self._bytes(largest), dtype=torch.uint8, device=device)
+
+    def _bytes(self, bucket: Bucket) -> int:
+        return place(self.plan, bucket, self.dtype.itemsize, self.tile)[1]
+
+    def buffers(self, bucket: Bucket) -> dict[str, torch.Tensor]:
+        """Views of the slab for a bucket. Raises ValueError when the slab is too small for it."""
+        offsets, size = place(self.plan, bucket, self.dtype.itemsize, self.tile)
+        if size > self.slab.numel():
+            raise ValueError(f"{bucket} needs {size} bytes; the slab holds {self.slab.numel()}")
+        shape = shapes(self.plan, bucket, self.tile)
+        return {b.name: self._view(b, offsets[b.name], shape[b.name]) for b in self.plan.buffers}
+
+    def _view(self, buffer: Buffer, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+        dtype = _DTYPES.get(buffer.dtype, self.dtype)
+        return self.slab[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)

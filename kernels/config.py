@@ -1,0 +1,96 @@
+"""Launch configurations: pure functions of shape, dtype and architecture over literal tables. No autotuning.
+
+`bench/tune.py` measures candidates and prints rows for these tables; only rows marked `measured` were timed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+SUM_COLUMNS = 64  # one partial row sum per 64 columns, whatever the tile: the same bits from every configuration
+PAD = 64  # matmul depths of our own buffers are padded to this, once, when weights are packed
+
+
+@dataclass(frozen=True, slots=True)
+class GemmConfig:
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    block_m: int  # query rows of one program, the unit of an attention tile
+    block_n: int
+    warps: int
+    stages: int
+
+
+# (rows up to, output columns up to) -> config; the first row that fits is taken
+_GEMM_16BIT: dict[int, tuple[tuple[int, int, GemmConfig], ...]] = {
+    80: (
+        (1024, 1 << 30, GemmConfig(64, 64, 64, 4, 4)),
+        (1 << 30, 1 << 30, GemmConfig(128, 128, 32, 8, 4)),
+    ),
+    90: (
+        (512, 1 << 30, GemmConfig(64, 64, 64, 4, 4)),
+        (1024, 2048, GemmConfig(64, 64, 64, 4, 4)),
+        (2048, 2048, GemmConfig(64, 128, 64, 4, 4)),
+        (1 << 30, 1 << 30, GemmConfig(128, 128, 64, 8, 3)),
+    ),
+    100: (
+        (1024, 1 << 30, GemmConfig(64, 64, 64, 4, 4)),
+        (1 << 30, 1 << 30, GemmConfig(128, 128, 64, 8, 3)),
+    ),
+}
+_GEMM_32BIT = GemmConfig(64, 64, 32, 4, 2)
+
+_ATTENTION_16BIT: dict[int, tuple[tuple[int, AttentionConfig], ...]] = {  # head dim up to -> config
+    80: ((96, AttentionConfig(128, 64, 8, 2)), (128, AttentionConfig(128, 64, 8, 2))),
+    90: ((96, AttentionConfig(128, 64, 8, 3)), (128, AttentionConfig(128, 64, 8, 2))),
+    100: ((96, AttentionConfig(128, 64, 8, 3)), (128, AttentionConfig(128, 64, 8, 2))),
+}
+_ATTENTION_32BIT = AttentionConfig(64, 32, 4, 1)
+
+
+def _generation(arch: int) -> int:
+    """The table's architecture that serves a compute capability such as 89 or 120."""
+    return 100 if arch >= 100 else 90 if arch >= 90 else 80
+
+
+def gemm_config(rows: int, columns: int, dtype: torch.dtype, arch: int) -> GemmConfig:
+    """Tile of a matmul with `columns` outputs over a bucket of at most `rows` rows."""
+    if dtype == torch.float32:
+        return _GEMM_32BIT
+    table = _GEMM_16BIT[_generation(arch)]
+    return next(config for most_rows, most_columns, config in table if rows <= most_rows and columns <= most_columns)
+
+
+def attention_config(head_dim: int, dtype: torch.dtype, arch: int) -> AttentionConfig:
+    if dtype == torch.float32:
+        return _ATTENTION_32BIT
+    return next(config for most, config in _ATTENTION_16BIT[_generation(arch)] if head_dim <= most)
+
+
+@lru_cache
+def device_arch(device: torch.device) -> int:
+    """Compute capability as an integer (90 for Hopper); 80 where kernels are only interpreted."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def precision(dtype: torch.dtype) -> str:
+    """fp32 operands are multiplied exactly: TF32 would lose thirteen bits of what the caller asked for."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """What accumulates: fp32 for 16-bit operands, the operand's own dtype otherwise."""
+    return x.float() if x.element_size() == 2 else x

@@ -1,0 +1,86 @@
+"""Device functions that the kernels share: the matmul main loop, row sums and moments, activations."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_of(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's row and column offsets, columns first, so that the programs past the last row come last."""
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    offs_m = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    return offs_m, offs_n
+
+
+@triton.jit
+def matmul_tile(
+    x_ptr, w_ptr,                                                # [rows, ld_x], [columns, ld_w], depth innermost
+    offs_m, offs_n, begin, depth, ld_x, ld_w,                    # all offsets in bounds; depth columns from `begin`
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """fp32 [BLOCK_M, BLOCK_N] = x[offs_m, begin:begin+depth] @ w[offs_n, begin:begin+depth].T, summed in order of k."""
+    offs_k = begin + tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * ld_x + offs_k[None, :]
+    w_ptrs = w_ptr + offs_n.to(tl.int64)[None, :] * ld_w + offs_k[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, depth, BLOCK_K):
+        if EVEN_K:
+            x, w = tl.load(x_ptrs), tl.load(w_ptrs)
+        else:
+            mask_k = tl.arange(0, BLOCK_K) < depth - k
+            x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    return acc
+
+
+@triton.jit
+def row_moments(sums_ptr, offs_row, capacity, width, eps, PARTS: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr):
+    """Mean and 1/std of ROWS adjacent rows taken as one, from the partial sums [2, PARTS, capacity], in a fixed order."""
+    total = tl.zeros(offs_row.shape, tl.float32)
+    square = tl.zeros(offs_row.shape, tl.float32)
+    ptrs = sums_ptr + offs_row
+    for _ in range(PARTS):
+        for row in tl.static_range(ROWS):
+            total += tl.load(ptrs + row)
+            square += tl.load(ptrs + row + PARTS * capacity)
+        ptrs += capacity
+    mean = total / width
+    if not CENTRED:
+        mean = tl.zeros(offs_row.shape, tl.float32)
+    variance = tl.maximum(square / width - mean * mean, 0.0)
+    return mean, tl.rsqrt(variance + eps)
+
+
+@triton.jit
+def store_row_sums(
+    sums_ptr, x, offs_m, mask_m, first_column, columns, capacity,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUM_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of x and x*x per SUM_COLUMNS columns into sums [2, PARTS, capacity]; x is 0 past the last column."""
+    pieces = tl.reshape(x, (BLOCK_M, BLOCK_N // SUM_COLUMNS, SUM_COLUMNS))
+    parts = first_column // SUM_COLUMNS + tl.arange(0, BLOCK_N // SUM_COLUMNS)
+    ptrs = sums_ptr + parts.to(tl.int64)[None, :] * capacity + offs_m[:, None]
+    mask = mask_m[:, None] & (parts < PARTS)[None, :]
+    tl.store(ptrs, tl.sum(pieces, 2), mask=mask)
+    tl.store(ptrs + PARTS * capacity, tl.sum(pieces * pieces, 2), mask=mask)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation of an MLP in fp32. tanh and sigmoid go through exp2, which is one instruction."""
+    if ACTIVATION == "gelu_tanh":  # 0.5 x (1 + tanh(u)) == x * sigmoid(2u)
+        u = x * (1.5957691216057308 + 0.07135481627159 * x * x)
+        x = x / (1.0 + tl.exp2(-1.4426950408889634 * u))
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "quick_gelu":
+        x = x / (1.0 + tl.exp2(-1.4426950408889634 * 1.702 * x))
+    elif ACTIVATION == "silu":
+        x = x / (1.0 + tl.exp2(-1.4426950408889634 * x))
+    return x

@@ -1,0 +1,87 @@
+"""Patch embedding: x = pixels @ W.T + b + interpolated positions, and the row sums that the first norm needs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from .config import SUM_COLUMNS, device_arch, gemm_config, precision, wide
+from .device import matmul_tile, store_row_sums, tile_of
+
+
+def row_sums_ref(x: torch.Tensor) -> torch.Tensor:
+    """Sum and sum of squares of each row as [2, 1, rows]: what the next norm needs, in one part."""
+    x = wide(x)
+    return torch.stack([x.sum(1), (x * x).sum(1)])[:, None]
+
+
+def patch_embed_ref(
+    pixels: torch.Tensor,
+    tap_index: torch.Tensor,
+    tap_weight: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    positions: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [rows, width] and row sums [2, 1, rows] from pixels [rows, features] and positions [side * side, width]."""
+    x = F.linear(wide(pixels), wide(weight)) + bias
+    x = (x + (wide(positions)[tap_index.long()] * tap_weight[:, :, None]).sum(1)).to(pixels.dtype)
+    return x, row_sums_ref(x)
+
+
+def patch_embed(
+    x: torch.Tensor,
+    sums: torch.Tensor,
+    pixels: torch.Tensor,
+    tap_index: torch.Tensor,
+    tap_weight: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    count: torch.Tensor,
+) -> None:
+    """Launch over the rows that count[0] holds. sums is [2, ceil(width / 64), rows]."""
+    rows, (width, depth) = x.shape[0], weight.shape
+    c = gemm_config(rows, width, x.dtype, device_arch(x.device))
+    patch_embed_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(width, c.block_n),)](
+        x, sums, pixels, tap_index, tap_weight, weight, bias, positions, count,
+        width, depth, rows,
+        PARTS=sums.shape[1], SUM_COLUMNS=SUM_COLUMNS, EVEN_K=depth % c.block_k == 0, PRECISION=precision(x.dtype),
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
+
+
+@triton.jit
+def patch_embed_kernel(
+    x_ptr, sums_ptr,                           # [capacity, N], fp32 [2, PARTS, capacity]
+    pixels_ptr, tap_index_ptr, tap_weight_ptr, # [capacity, K], [capacity, 4] int32 and fp32
+    weight_ptr, bias_ptr, positions_ptr,       # [N, K], fp32 [N], [side * side, N]
+    count_ptr,                                 # rows at [0]
+    N, K, capacity,
+    PARTS: tl.constexpr, SUM_COLUMNS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.load(count_ptr)
+    offs_m, offs_n = tile_of(rows, N, BLOCK_M, BLOCK_N)
+    if tl.min(offs_m, 0) >= rows:
+        return
+    mask_m, mask_n = offs_m < rows, offs_n < N
+    row, column = tl.where(mask_m, offs_m, 0), tl.where(mask_n, offs_n, 0)
+    x = matmul_tile(pixels_ptr, weight_ptr, row, column, 0, K, K, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
+    x += tl.load(bias_ptr + column)[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    position = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for tap in tl.static_range(4):
+        index = tl.load(tap_index_ptr + row * 4 + tap)
+        weight = tl.load(tap_weight_ptr + row * 4 + tap)
+        value = tl.load(positions_ptr + index[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
+        position += value.to(tl.float32) * weight[:, None]
+    x = (x + position).to(x_ptr.dtype.element_ty)
+    tl.store(x_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :], x, mask=mask)
+    x = tl.where(mask, x.to(tl.float32), 0.0)
+    store_row_sums(
+        sums_ptr, x, offs_m, mask_m, tl.min(offs_n, 0), N, capacity, PARTS, BLOCK_M, BLOCK_N, SUM_COLUMNS
+    )

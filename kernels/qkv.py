@@ -1,0 +1,112 @@
+"""Queries, keys and values: rope(norm(x) @ W.T + b), heads first, with the norm folded into the matmul.
+
+Norm: y = rstd * (x @ W'.T - mean * colsum(W')) + b', W' = gamma * W (weights.fold). Rotation pairs are adjacent columns,
+so one thread holds both; the softmax scale and log2(e) are already in the query rows of W'.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from .config import device_arch, gemm_config, precision, wide
+from .device import matmul_tile, row_moments, tile_of
+
+
+def moments_ref(
+    sums: torch.Tensor, width: int, eps: float, centred: bool, rows: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and 1/std [T / rows] of `rows` adjacent rows taken as one row of `width` numbers, from sums [2, parts, T]."""
+    total, square = sums.sum(1).unflatten(1, (-1, rows)).sum(-1) / width
+    mean = total if centred else torch.zeros_like(total)
+    return mean, torch.rsqrt((square - mean * mean).clamp(min=0) + eps)
+
+
+def qkv_ref(
+    x: torch.Tensor,
+    sums: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    colsum: torch.Tensor,
+    *,
+    head_dim: int,
+    rotated: int,
+    eps: float,
+    centred: bool,
+) -> torch.Tensor:
+    """[heads, rows, head_dim], the first `rotated` heads (queries, keys) with rotary embedding (arXiv 2104.09864)."""
+    mean, rstd = moments_ref(sums, x.shape[1], eps, centred)
+    y = rstd[:, None] * (F.linear(wide(x), wide(weight)) - mean[:, None] * colsum) + bias
+    even, odd = y.view(len(x), -1, head_dim // 2, 2)[:, :rotated].unbind(-1)
+    c, s = cos[:, None], sin[:, None]
+    turned = torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(2)
+    return torch.cat([turned, y.view(len(x), -1, head_dim)[:, rotated:]], 1).transpose(0, 1).to(x.dtype).contiguous()
+
+
+def qkv(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    sums: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    colsum: torch.Tensor,
+    *,
+    head_dim: int,
+    rotated: int,
+    eps: float,
+    centred: bool,
+    count: torch.Tensor,
+) -> None:
+    """Launch over the rows that count[0] holds. y is [heads, rows, head_dim]."""
+    rows, (columns, width) = x.shape[0], weight.shape
+    c = gemm_config(rows, columns, x.dtype, device_arch(x.device))
+    qkv_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(columns, c.block_n),)](
+        y, x, sums, cos, sin, weight, bias, colsum, count,
+        columns, width, rows, eps,
+        HEAD_DIM=head_dim, ROTATED=rotated * head_dim, PARTS=sums.shape[1], CENTRED=centred,
+        EVEN_K=width % c.block_k == 0, PRECISION=precision(x.dtype),
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
+
+
+@triton.jit
+def qkv_kernel(
+    y_ptr,                                     # [heads, capacity, HEAD_DIM]
+    x_ptr, sums_ptr, cos_ptr, sin_ptr,         # [capacity, K], fp32 [2, PARTS, capacity], fp32 [capacity, HEAD_DIM / 2]
+    weight_ptr, bias_ptr, colsum_ptr,          # [N, K], fp32 [N]
+    count_ptr,                                 # rows at [0]
+    N, K, capacity, eps,
+    HEAD_DIM: tl.constexpr, ROTATED: tl.constexpr, PARTS: tl.constexpr, CENTRED: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.load(count_ptr)
+    offs_m, offs_n = tile_of(rows, N, BLOCK_M, BLOCK_N)
+    if tl.min(offs_m, 0) >= rows:
+        return
+    mask_m, mask_n = offs_m < rows, offs_n < N
+    row, column = tl.where(mask_m, offs_m, 0), tl.where(mask_n, offs_n, 0)
+    y = matmul_tile(x_ptr, weight_ptr, row, column, 0, K, K, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
+    mean, rstd = row_moments(sums_ptr, row, capacity, K, eps, PARTS, 1, CENTRED)
+    y = rstd[:, None] * (y - mean[:, None] * tl.load(colsum_ptr + column)[None, :]) + tl.load(bias_ptr + column)[None, :]
+
+    # columns 2j and 2j + 1 rotate together; values pass through with cos 1, sin 0
+    pair = tl.min(offs_n, 0) // 2 + tl.arange(0, BLOCK_N // 2)
+    angle = row.to(tl.int64)[:, None] * (HEAD_DIM // 2) + (pair % (HEAD_DIM // 2))[None, :]
+    turns = (pair < ROTATED // 2)[None, :] & mask_m[:, None]
+    cos = tl.load(cos_ptr + angle, mask=turns, other=1.0)
+    sin = tl.load(sin_ptr + angle, mask=turns, other=0.0)
+    even, odd = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N // 2, 2)))
+    y = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (BLOCK_M, BLOCK_N))
+
+    # head dims are multiples of 8: runs of 8 columns stay together, so stores are 16 bytes wide instead of 2
+    at = offs_n // HEAD_DIM * (capacity * HEAD_DIM).to(tl.int64) + offs_n % HEAD_DIM
+    at = tl.max_contiguous(tl.multiple_of(at, 8), 8)
+    mask = mask_m[:, None] & mask_n[None, :]
+    tl.store(y_ptr + offs_m.to(tl.int64)[:, None] * HEAD_DIM + at[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,295 @@
+"""A tower's tensors in a safetensors checkpoint: a folder, one file, or a repository of the Hugging Face hub.
+
+Only what the tower needs is touched. Of the files, those shards that hold a tensor of the tower: a hub shard without one
+is never fetched, a local one may be absent. Of a shard, its header and the tower's bytes, memory-mapped: the language
+model beside them costs neither memory nor reading. A tower is checked from headers alone, so a wrong checkpoint fails
+with one complete message before any tensor is read. Pickle files are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fused_vit.errors import CheckpointError
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+LISTED = 20  # names an error spells out per list
+PICKLE = "Pickle files are never loaded: save the model as safetensors with transformers' `save_pretrained`."
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a shard's header says of one tensor."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TowerTensors(Mapping[str, torch.Tensor]):
+    """A tower's tensors by their name without prefix. Indexing gives a CPU tensor over the mapped file, read when used.
+
+    prefix: what the checkpoint puts before each name; infos: file, dtype and shape per name; bytes: size of them all.
+    """
+
+    def __init__(self, prefix: str, infos: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor]) -> None:
+        self.prefix = prefix
+        self.infos = dict(infos)
+        self.bytes = sum(info.bytes for info in infos.values())
+        self._read = read
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        if key not in self.infos:
+            raise KeyError(key)
+        return self._read(self.prefix + key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.infos
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+
+class Checkpoint:
+    """An opened checkpoint; see `open`. source: as given; config: its config.json."""
+
+    def __init__(self, source: str, config: dict[str, Any], home: _Folder | _Hub, single: str | None) -> None:
+        self.source = source
+        self.config = config
+        self._home = home
+        self._single = single
+        self._shards: dict[str, tuple[Path, Any]] = {}
+
+    @classmethod
+    def open(cls, source: str | Path, *, revision: str | None = None) -> Checkpoint:
+        """Reads config.json and nothing else, so that a config can be refused before a weight is fetched.
+
+        Args:
+            source: a folder; a `.safetensors` file with config.json beside it; or a hub id, a str such as
+                "Qwen/Qwen3-VL-8B-Instruct" (HF_HUB_OFFLINE=1: from the hub's local cache alone).
+            revision: branch, tag or commit of a hub id, pinned to its commit at the first file.
+        Raises:
+            CheckpointError: nothing at source, a pickle file, or a config.json that is absent or no JSON object.
+        """
+        path = Path(source).expanduser()
+        home: _Folder | _Hub
+        if path.exists():
+            home = _Folder(path if path.is_dir() else path.parent)
+        elif isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+            home = _Hub(source, revision)
+        else:
+            raise CheckpointError(
+                f"{source}: no such folder or file; expected one, or a hub id as 'owner/name' (a str)"
+            )
+        if path.exists() and revision is not None:
+            raise CheckpointError(
+                f"{source} is local, but revision is {revision!r}; it is for hub ids only: leave it out"
+            )
+        if path.is_file() and path.suffix != ".safetensors":
+            raise CheckpointError(f"{source}: expected a folder or a .safetensors file. {PICKLE}")
+        config = home.get(CONFIG)
+        if config is None:
+            raise CheckpointError(f"{source}: no {CONFIG}; expected it beside the weights. {home.remedy()}")
+        return cls(str(source), _read_json(config), home, path.name if path.is_file() else None)
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """Every tensor's full name -> the file that holds it, from the index or from the only file's header.
+
+        Raises:
+            CheckpointError: no safetensors weights, an unreadable file, or an index that names anything but plain files.
+        """
+        index = None if self._single else self._home.get(INDEX)
+        if index is not None:
+            return _read_index(index)
+        single = self._single or SINGLE
+        shard = self._shard(single)
+        if shard is None:
+            raise CheckpointError(f"{self.source}: neither {INDEX} nor {SINGLE}. {self._home.remedy()}")
+        return dict.fromkeys(shard[1].keys(), single)
+
+    def tower(self, prefixes: Sequence[str], expected: Mapping[str, tuple[int, ...]]) -> TowerTensors:
+        """The tensors `expected` (name -> shape), under the first of `prefixes` that has any of them.
+
+        Raises:
+            CheckpointError: shards that are absent; or, in one message, every tensor that is missing, unexpected (the
+                prefix has it, `expected` does not), of another shape, or of a dtype that is no float of 16 bits or more.
+        """
+        prefix = self._prefix(prefixes, expected)
+        shards = sorted({self.files[prefix + key] for key in expected if prefix + key in self.files})
+        absent = [shard for shard in shards if self._shard(shard) is None]
+        if absent:
+            raise CheckpointError(f"{self.source}: shards absent: {_list(absent)}. {self._home.remedy()}")
+        found = {key: row for key in expected if (row := self._row(prefix + key))}
+        problems = {
+            "missing": [key for key in expected if key not in found],
+            "unexpected": _unexpected(self.files, prefix, expected),
+            "of another shape": [
+                f"{key} is {list(shape)}, expected {list(expected[key])}"
+                for key, (_, _, shape) in found.items()
+                if shape != tuple(expected[key])
+            ],
+            "of another dtype": [f"{key} is {dtype}" for key, (_, dtype, _) in found.items() if dtype not in DTYPES],
+        }
+        if any(problems.values()):
+            raise CheckpointError(_mismatch(self.source, prefix, problems))
+        infos = {key: TensorInfo(file, DTYPES[dtype], shape) for key, (file, dtype, shape) in found.items()}
+        return TowerTensors(prefix, infos, self._read)
+
+    def _prefix(self, prefixes: Sequence[str], expected: Mapping[str, tuple[int, ...]]) -> str:
+        for prefix in prefixes:
+            if any(prefix + key in self.files for key in expected):
+                return prefix
+        raise CheckpointError(
+            f"{self.source}: no tensor of the tower under the prefixes {', '.join(map(repr, prefixes))}; it has "
+            f"{_list(sorted(self.files), 4)}. Give the checkpoint of a whole model, or of its vision tower."
+        )
+
+    def _shard(self, name: str) -> tuple[Path, Any] | None:
+        """A file's path and open handle, kept: its header is read and checked, no tensor. None: the source lacks it."""
+        if name not in self._shards:
+            path = self._home.get(name)
+            if path is None:
+                return None
+            try:
+                self._shards[name] = path, safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path}: no readable safetensors file ({error}). Download it again; a git clone needs `git lfs pull`."
+                ) from error
+        return self._shards[name]
+
+    def _row(self, name: str) -> tuple[Path, str, tuple[int, ...]] | None:
+        """File, dtype as the header spells it, and shape of a tensor; None where the index or the header lacks it."""
+        if name not in self.files:
+            return None
+        path, handle = self._shards[self.files[name]]
+        try:
+            tensor = handle.get_slice(name)
+        except SafetensorError:
+            return None
+        return path, tensor.get_dtype(), tuple(tensor.get_shape())
+
+    def _read(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._shards[self.files[name]][1].get_tensor(name)
+        return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    """The files of a local folder. Links that lead out of it are refused: a downloaded one could point anywhere."""
+
+    path: Path
+
+    def get(self, name: str) -> Path | None:
+        path, root = self.path / name, self.path.resolve()
+        if not path.is_file():
+            return None
+        # The hub's cache is made of links into itself: models--owner--name/snapshots/commit/config.json -> ../../blobs/...
+        if len(root.parents) > 2 and root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):
+            root = root.parents[2]
+        if not path.resolve().is_relative_to(root):
+            raise CheckpointError(
+                f"{path}: links to {path.resolve()}, outside its folder. Give the real file's folder."
+            )
+        return path
+
+    def remedy(self) -> str:
+        names = sorted(path.name for path in self.path.iterdir())
+        pickles = any(name.endswith((".bin", ".pt", ".pth")) for name in names)
+        return f"The folder has {_list(names)}. {PICKLE if pickles else 'Download the missing files into it.'}"
+
+
+@dataclass(slots=True)
+class _Hub:
+    """The files of a hub repository, fetched one by one into the local cache, all from the commit of the first."""
+
+    repo: str
+    revision: str | None
+
+    def get(self, name: str) -> Path | None:
+        try:
+            from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import EntryNotFoundError
+        except ImportError as error:
+            raise CheckpointError(
+                f"{self.repo}: a hub id needs huggingface_hub; install it or give a folder"
+            ) from error
+        try:
+            path = Path(hf_hub_download(self.repo, name, revision=self.revision))
+        except EntryNotFoundError:
+            return None
+        except Exception as error:  # whatever the transport raises, the caller meets one kind of error
+            raise CheckpointError(
+                f"{self.repo}: cannot fetch {name} ({type(error).__name__}: {error}). Check the id and the revision; "
+                "a gated model needs `hf auth login`; or give a folder."
+            ) from error
+        if re.fullmatch(r"[0-9a-f]{40}", path.parent.name):
+            self.revision = path.parent.name
+        return path
+
+    def remedy(self) -> str:
+        return (
+            "The hub lacks it, or cannot be reached (HF_HUB_OFFLINE?) and the cache lacks it: connect or give a folder."
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error}). Download it again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    files = _read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f"{path}: no weight_map; expected an object of tensor name -> file name")
+    # A name of these characters alone is no path: it can neither climb out of the folder nor be absolute.
+    wrong = {str(file) for file in files.values() if not re.fullmatch(r"\w[\w.-]*\.safetensors", str(file))}
+    if wrong:
+        raise CheckpointError(
+            f"{path}: expected names of .safetensors files beside it, got {_list(sorted(wrong))}. {PICKLE}"
+        )
+    return files
+
+
+def _unexpected(files: Mapping[str, str], prefix: str, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Names under the prefix that are not expected; without a prefix, only those of the tower's own top-level modules."""
+    tops = {key.partition(".")[0] for key in expected}
+    keys = (name.removeprefix(prefix) for name in files if name.startswith(prefix))
+    return [key for key in keys if key not in expected and (prefix or key.partition(".")[0] in tops)]
+
+
+def _mismatch(source: str, prefix: str, problems: Mapping[str, list[str]]) -> str:
+    lines = [f"  {len(keys)} {what}: {_list(keys)}" for what, keys in problems.items() if keys]
+    remedy = "Take config.json and weights from one release"
+    if problems["of another dtype"]:
+        remedy += f", not a quantized one: the tower is read as {', '.join(DTYPES)}"
+    return "\n".join([f"{source}: the tensors under {prefix!r} are not the tower of {CONFIG}:", *lines, f"{remedy}."])
+
+
+def _list(names: Sequence[str], listed: int = LISTED) -> str:
+    more = f" and {len(names) - listed} more" if len(names) > listed else ""
+    return (", ".join(names[:listed]) or "nothing") + more

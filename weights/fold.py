@@ -1,0 +1,38 @@
+"""Folding: algebra on weights, done once at load, that removes work from every call. Exact in exact arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def fold_norm(
+    weight: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tensor, beta: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(W', b') with norm(x) @ W.T + b == rstd * (x @ W'.T - mean * colsum(W')) + b'. weight [out, in], gamma [in].
+
+    Deferred normalisation as in FlashNorm (arXiv 2407.09577), extended to LayerNorm by the column sum.
+    """
+    shift = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device) if bias is None else bias
+    return weight * gamma, shift if beta is None else shift + weight @ beta
+
+
+def column_sum(rounded: torch.Tensor, groups: int = 1) -> torch.Tensor:
+    """[groups, out] row sums of the weight as the kernel will see it: taken after rounding, so that the mean cancels."""
+    wide = rounded.double()
+    return wide.view(len(wide), groups, -1).sum(-1).T.contiguous()
+
+
+def fold_softmax_scale(queries: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Query rows of a weight or bias times head_dim ** -0.5 * log2(e), so that the kernel's exp2 is a softmax."""
+    return queries * (head_dim**-0.5 * math.log2(math.e))
+
+
+def pair_rotations(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows (j, j + head_dim / 2) of each head, which rotate together in rotate_half, become rows (2j, 2j + 1).
+
+    Queries and keys are permuted alike, so their products do not change.
+    """
+    heads = rows.view(-1, 2, head_dim // 2, *rows.shape[1:])
+    return heads.transpose(1, 2).reshape(rows.shape)
