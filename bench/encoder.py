@@ -76,7 +76,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 
-def measure(grids: list[list[int]], towers: dict[str, Callable[..., Any]], vit: Any, roof: dict[str, float]) -> dict[str, Any]:
+def measure(
+    grids: list[list[int]], towers: dict[str, Callable[..., Any]], vit: Any, roof: dict[str, float]
+) -> dict[str, Any]:
     """One row of the table. No speed is given for a result whose error is more than twice Hugging Face's."""
     rows = sum(t * h * w for t, h, w in grids)
     generator = torch.Generator().manual_seed(0)

@@ -16,11 +16,11 @@ def table(report: dict[str, Any], source: str) -> str:
     environment, roof = report["environment"], report["ceilings"]
     lines = [
         f"{report['what']}. One {environment['device']}, torch {environment['torch']}, triton {environment['triton']}. "
-        f"Median of one call from Python until the device is idle, milliseconds; in brackets the relative error to fp32. "
-        f"*Floor*: useful FLOPs at the measured {roof['tflops']:.0f} TFLOP/s, or the weights at {roof['tbs']:.2f} TB/s. "
+        f"Median of a call from Python until the device is idle, in ms; in brackets the error relative to fp32. "
+        f"*Floor*: useful FLOPs at the measured {roof['tflops']:.0f} TFLOP/s, or weights at {roof['tbs']:.2f} TB/s. "
         f"Source: `{source}`.",
         "",
-        "| input | patches | floor | fused_vit | Hugging Face sdpa | sdpa, patch embedding as linear | ours vs linear |",
+        "| input | patches | floor | fused_vit | Hugging Face sdpa | sdpa, Conv3d as linear | ours vs linear |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in report["cases"].items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,13 @@ WIDTH, HEADS, MLP = 1152, 16, 4352
 
 
 def milliseconds(call: Any) -> float:
-    """Median time of one launch inside a graph of many, rotating nothing: operands of these sizes leave the L2 anyway."""
+    """Median time of one launch inside a graph of many. Buffers do not rotate: small operands stay in the L2."""
     return float(triton.testing.do_bench_cudagraph(call, rep=30, return_mode="median"))
 
 
 def matmuls(rows: int) -> dict[str, Any]:
     """name -> (module to patch, launch, result tensor, definition) at this many rows."""
-    bf16 = dict(device="cuda", dtype=torch.bfloat16)
+    bf16 = {"device": "cuda", "dtype": torch.bfloat16}
     x, hidden = torch.randn(rows, WIDTH, **bf16), torch.randn(rows, MLP, **bf16)
     sums = torch.stack([x.float().sum(1), x.float().square().sum(1)])[:, None].repeat(1, 18, 1) / 18
     cos, sin = torch.randn(2, rows, 36, device="cuda")
@@ -72,7 +73,9 @@ def matmuls(rows: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def timed(label: str, config: Any, patch: Any, launch: Any, result: torch.Tensor, truth: torch.Tensor) -> dict[str, Any] | None:
+def timed(
+    label: str, config: Any, patch: Any, launch: Any, result: torch.Tensor, truth: torch.Tensor
+) -> dict[str, Any] | None:
     with patch:
         try:
             result.fill_(float("nan"))
@@ -110,13 +113,16 @@ def main() -> None:
         for config in ATTENTIONS:
             tiles, start = [], 0
             for n in lengths:
-                tiles += [(q, min(q + config.block_m, start + n), start, start + n) for q in range(start, start + n, config.block_m)]
+                tiles += [
+                    (q, min(q + config.block_m, start + n), start, start + n)
+                    for q in range(start, start + n, config.block_m)
+                ]
                 start += n
             table = torch.tensor(tiles, dtype=torch.int32, device="cuda")
             count = torch.tensor([len(tiles)], dtype=torch.int32, device="cuda")
             truth = attention_file.attention_ref(qkv, table, heads=HEADS)
             patch = mock.patch.object(attention_file, "attention_config", lambda *_, c=config: c)
-            call = lambda t=table, c=count: attention_file.attention(out, qkv, t, heads=HEADS, count=c)  # noqa: E731
+            call = partial(attention_file.attention, out, qkv, table, heads=HEADS, count=count)
             results.append(timed(f"attention {name}", config, patch, call, out, truth) or {})
     for case in dict.fromkeys(r["case"] for r in results):
         best = sorted((r for r in results if r["case"] == case and "us" in r), key=lambda r: r["us"])[:4]

@@ -117,12 +117,15 @@ class FusedViT:
         """From a loaded Hugging Face tower; its parameters are read, not changed. Raises SpecError if unsupported."""
         config: dict[str, Any] = module.config.to_dict()  # type: ignore[operator,union-attr]
         tower, spec = find_tower(config), parse_config(config)
-        state = {name.replace("patch_embed.linear_proj", "patch_embed.proj"): t for name, t in module.state_dict().items()}
+        state = {
+            name.replace("patch_embed.linear_proj", "patch_embed.proj"): t for name, t in module.state_dict().items()
+        }
         shapes = tower.expected(spec)
 
         def read(part: str, i: int) -> torch.Tensor:
             name = tower.name(part, i)
-            return state[name].reshape(shapes[name])
+            tensor: torch.Tensor = state[name].reshape(shapes[name])
+            return tensor
 
         parameter = next(module.parameters())
         place = _device(device if device is not None else parameter.device)
@@ -150,7 +153,7 @@ class FusedViT:
 
         return attention_config(self.spec.attention.head_dim, self.dtype, device_arch(self.device)).block_m
 
-    def plan(self, bucket: Bucket | None = None) -> Plan:
+    def plan(self) -> Plan:
         """The plan, the same for every bucket; print it for the listing."""
         return self._plan
 
@@ -193,6 +196,8 @@ class FusedViT:
         Raises:
             InputError: (a ValueError) before anything is launched; the encoder stays usable.
         """
+        if not self.weights:
+            raise InputError("this encoder was closed; load it again")
         self._check_pixels(pixel_values)
         all_items = items(self.spec, self._read_grid(grid_thw), pixel_values.shape[0])
         self._counts.update(calls=1, images=len(all_items), rows=pixel_values.shape[0])
@@ -232,7 +237,9 @@ class FusedViT:
             if rows.is_floating_point() and rows.numel():
                 raise InputError("grid_thw holds fractions; expected integers")
         if len(shape) != 2 or shape[1] != 3:
-            raise InputError(f"grid_thw has shape {list(shape)}; expected [images, 3] of (frames, height, width) in patches")
+            raise InputError(
+                f"grid_thw has shape {list(shape)}; expected [images, 3] of (frames, height, width) in patches"
+            )
         values: list[list[int]] = rows.tolist()
         return values
 

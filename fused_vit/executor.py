@@ -55,4 +55,6 @@ def launch_step(step: Step, weights: Tensors, buffers: Tensors, tile: int) -> No
 
 def _inputs(step: Step, buffers: Tensors, weights: Tensors) -> list[torch.Tensor | None]:
     """A step's arguments: an absent buffer or weight is None."""
-    return [buffers[name] if name else None for name in step.reads] + [weights[name] if name else None for name in step.weights]
+    return [buffers[name] if name else None for name in step.reads] + [
+        weights[name] if name else None for name in step.weights
+    ]

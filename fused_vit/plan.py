@@ -54,7 +54,9 @@ class Plan:
             lines.append(f"  {buffer.name:<12} [{', '.join(map(str, buffer.shape))}] {buffer.dtype}")
         for step in self.steps:
             options = " ".join(f"{k}={v}" for k, v in step.options)
-            lines.append(f"  {step.name:<18} {', '.join(step.writes)} = {step.op}({', '.join(step.reads)}) {options}".rstrip())
+            lines.append(
+                f"  {step.name:<18} {', '.join(step.writes)} = {step.op}({', '.join(step.reads)}) {options}".rstrip()
+            )
         return "\n".join(lines)
 
 
@@ -73,7 +75,10 @@ def build_plan(spec: TowerSpec) -> Plan:
         block = f"block.{i}"
         heads = (("head_dim", att.head_dim), ("rotated", att.heads + att.kv_heads if spec.rope else 0))
         steps += [
-            Step(f"{block}.qkv", "qkv", ("qkv",), ("x", "sums", "cos", "sin"), _names(f"{block}.qkv", True), ROWS, heads + norm),
+            Step(
+                f"{block}.qkv", "qkv", ("qkv",), ("x", "sums", "cos", "sin"), _names(f"{block}.qkv", True), ROWS,
+                (*heads, *norm),
+            ),
             Step(f"{block}.attention", "attention", ("context",), ("qkv", "tiles"), (), TILES, (("heads", att.heads),)),
             Step(f"{block}.proj", "residual", ("x", "sums"), ("x", "context"), _names(f"{block}.proj"), ROWS),
             Step(

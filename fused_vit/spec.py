@@ -115,7 +115,9 @@ class TowerSpec:
             if value <= 0:
                 raise SpecError(f"{name} is {value}; expected a positive integer")
         if self.attention.heads % self.attention.kv_heads:
-            raise SpecError(f"kv_heads is {self.attention.kv_heads}; expected a divisor of heads ({self.attention.heads})")
+            raise SpecError(
+                f"kv_heads is {self.attention.kv_heads}; expected a divisor of heads ({self.attention.heads})"
+            )
         if self.attention.head_dim % 8 or self.attention.head_dim > 128:
             raise SpecError(f"head_dim is {self.attention.head_dim}; supported: multiples of 8 up to 128")
         if self.width % 8 or self.mlp.width % 4 or self.patch.features % 4:
@@ -125,4 +127,6 @@ class TowerSpec:
             )
         wrong = [i for i in self.deepstack if not 0 <= i < self.depth]
         if wrong or len(set(self.deepstack)) != len(self.deepstack):
-            raise SpecError(f"deepstack names blocks {list(self.deepstack)}; expected distinct blocks below {self.depth}")
+            raise SpecError(
+                f"deepstack names blocks {list(self.deepstack)}; expected distinct blocks below {self.depth}"
+            )

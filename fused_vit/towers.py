@@ -119,7 +119,7 @@ def _parse_qwen3_vl(config: Mapping[str, Any]) -> TowerSpec:
     width, heads = _integer(config, "hidden_size", 1152), _integer(config, "num_heads", 16)
     if width % heads or width // heads % 4:
         raise SpecError(
-            f"vision_config.hidden_size is {width} with num_heads {heads}; expected heads of equal width, a multiple of 4"
+            f"vision_config.hidden_size is {width} with num_heads {heads}; expected equal heads, a multiple of 4 wide"
         )
     positions = _integer(config, "num_position_embeddings", 2304)
     side = math.isqrt(positions)

@@ -1,6 +1,6 @@
-"""Workspace: one slab of device memory in which every bucket places its buffers. Buckets never run at once, so they share.
+"""Workspace: one slab of device memory in which every bucket places its buffers: they never run at once, so they share.
 
-A launch allocates nothing, memory does not grow with the number of buckets, and stale contents are harmless by contract.
+A launch allocates nothing, memory does not grow with the number of buckets, and stale contents are harmless.
 """
 
 from __future__ import annotations

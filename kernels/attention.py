@@ -34,23 +34,21 @@ def split_head(head_dim: int) -> tuple[int, int]:
     return first, max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
-def attention(
-    out: torch.Tensor, qkv: torch.Tensor, tiles: torch.Tensor, *, heads: int, count: torch.Tensor
-) -> None:
+def attention(out: torch.Tensor, qkv: torch.Tensor, tiles: torch.Tensor, *, heads: int, count: torch.Tensor) -> None:
     """Launch over the tiles that count[0] holds. out is [rows, heads * head_dim]."""
     total, rows, head_dim = qkv.shape
     c = attention_config(head_dim, qkv.dtype, device_arch(qkv.device))
     first, rest = split_head(head_dim)
     attention_kernel[(tiles.shape[0], heads)](
         out, qkv, tiles, count, rows,
-        HEADS=heads, KV_HEADS=(total - heads) // 2, HEAD_DIM=head_dim, FIRST=first, REST=rest, PRECISION=precision(qkv.dtype),
-        BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.warps, num_stages=c.stages,
+        HEADS=heads, KV_HEADS=(total - heads) // 2, HEAD_DIM=head_dim, FIRST=first, REST=rest,
+        PRECISION=precision(qkv.dtype), BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
 
 
 @triton.jit
 def attention_kernel(
-    out_ptr, qkv_ptr,                          # [capacity, HEADS * HEAD_DIM], [HEADS + 2 * KV_HEADS, capacity, HEAD_DIM]
+    out_ptr, qkv_ptr,                          # [capacity, HEADS * HEAD_DIM], [HEADS + 2 KV_HEADS, capacity, HEAD_DIM]
     tiles_ptr, count_ptr, capacity,            # int32 [tiles, 4]; tiles at count[0]
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -31,28 +31,37 @@ class AttentionConfig:
     stages: int
 
 
-# (rows up to, output columns up to) -> config; the first row that fits is taken
-_GEMM_16BIT: dict[int, tuple[tuple[int, int, GemmConfig], ...]] = {
-    80: (
-        (1024, 1 << 30, GemmConfig(64, 64, 64, 4, 4)),
-        (1 << 30, 1 << 30, GemmConfig(128, 128, 32, 8, 4)),
-    ),
-    90: (
-        (512, 1 << 30, GemmConfig(64, 64, 64, 4, 4)),
-        (1024, 2048, GemmConfig(64, 64, 64, 4, 4)),
-        (2048, 2048, GemmConfig(64, 128, 64, 4, 4)),
-        (1 << 30, 1 << 30, GemmConfig(128, 128, 64, 8, 3)),
-    ),
-    100: (
-        (1024, 1 << 30, GemmConfig(64, 64, 64, 4, 4)),
-        (1 << 30, 1 << 30, GemmConfig(128, 128, 64, 8, 3)),
-    ),
+# op -> (rows of the bucket up to, config); the first row that fits is taken. sm_90: measured at Qwen3-VL-8B's sizes
+# (bench/results/tune.json); the others are not measured.
+_GEMM_16BIT: dict[int, dict[str, tuple[tuple[int, GemmConfig], ...]]] = {
+    80: {
+        "qkv": ((1 << 30, GemmConfig(64, 128, 32, 4, 4)),),
+        "linear": ((1024, GemmConfig(64, 64, 64, 4, 3)), (1 << 30, GemmConfig(128, 128, 32, 8, 4))),
+        "merger": ((1 << 30, GemmConfig(64, 64, 64, 4, 3)),),
+        "residual": ((1024, GemmConfig(64, 64, 64, 4, 3)), (1 << 30, GemmConfig(128, 128, 32, 8, 4))),
+    },
+    90: {
+        "qkv": ((1 << 30, GemmConfig(64, 128, 64, 4, 4)),),
+        "linear": ((512, GemmConfig(128, 128, 64, 8, 3)), (1 << 30, GemmConfig(128, 256, 64, 8, 3))),
+        "merger": ((512, GemmConfig(64, 64, 64, 4, 4)), (1 << 30, GemmConfig(128, 128, 64, 8, 3))),
+        "residual": (
+            (512, GemmConfig(64, 64, 64, 4, 4)),
+            (2048, GemmConfig(64, 128, 64, 4, 4)),
+            (1 << 30, GemmConfig(128, 128, 64, 4, 4)),
+        ),
+    },
+    100: {
+        "qkv": ((1 << 30, GemmConfig(64, 128, 64, 4, 4)),),
+        "linear": ((1024, GemmConfig(64, 64, 64, 4, 4)), (1 << 30, GemmConfig(128, 128, 64, 8, 3))),
+        "merger": ((512, GemmConfig(64, 64, 64, 4, 4)), (1 << 30, GemmConfig(128, 128, 64, 8, 3))),
+        "residual": ((1024, GemmConfig(64, 64, 64, 4, 4)), (1 << 30, GemmConfig(128, 128, 64, 8, 3))),
+    },
 }
 _GEMM_32BIT = GemmConfig(64, 64, 32, 4, 2)
 
 _ATTENTION_16BIT: dict[int, tuple[tuple[int, AttentionConfig], ...]] = {  # head dim up to -> config
     80: ((96, AttentionConfig(128, 64, 8, 2)), (128, AttentionConfig(128, 64, 8, 2))),
-    90: ((96, AttentionConfig(128, 64, 8, 3)), (128, AttentionConfig(128, 64, 8, 2))),
+    90: ((96, AttentionConfig(64, 64, 4, 3)), (128, AttentionConfig(128, 64, 8, 2))),
     100: ((96, AttentionConfig(128, 64, 8, 3)), (128, AttentionConfig(128, 64, 8, 2))),
 }
 _ATTENTION_32BIT = AttentionConfig(64, 32, 4, 1)
@@ -63,12 +72,11 @@ def _generation(arch: int) -> int:
     return 100 if arch >= 100 else 90 if arch >= 90 else 80
 
 
-def gemm_config(rows: int, columns: int, dtype: torch.dtype, arch: int) -> GemmConfig:
-    """Tile of a matmul with `columns` outputs over a bucket of at most `rows` rows."""
+def gemm_config(op: str, rows: int, dtype: torch.dtype, arch: int) -> GemmConfig:
+    """Tile of a matmul, by its epilogue, over a bucket of at most `rows` rows."""
     if dtype == torch.float32:
         return _GEMM_32BIT
-    table = _GEMM_16BIT[_generation(arch)]
-    return next(config for most_rows, most_columns, config in table if rows <= most_rows and columns <= most_columns)
+    return next(config for most, config in _GEMM_16BIT[_generation(arch)][op] if rows <= most)
 
 
 def attention_config(head_dim: int, dtype: torch.dtype, arch: int) -> AttentionConfig:

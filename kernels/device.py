@@ -40,12 +40,14 @@ def matmul_tile(
 
 
 @triton.jit
-def row_moments(sums_ptr, offs_row, capacity, width, eps, PARTS: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr):
-    """Mean and 1/std of ROWS adjacent rows taken as one, from the partial sums [2, PARTS, capacity], in a fixed order."""
+def row_moments(
+    sums_ptr, offs_row, capacity, width, eps, PARTS: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr
+):
+    """Mean and 1/std of ROWS adjacent rows taken as one, from partial sums [2, PARTS, capacity], in a fixed order."""
     total = tl.zeros(offs_row.shape, tl.float32)
     square = tl.zeros(offs_row.shape, tl.float32)
     ptrs = sums_ptr + offs_row
-    for _ in range(PARTS):
+    for _ in tl.static_range(PARTS):  # unrolled: all loads are in flight at once, the order of the sums stays fixed
         for row in tl.static_range(ROWS):
             total += tl.load(ptrs + row)
             square += tl.load(ptrs + row + PARTS * capacity)

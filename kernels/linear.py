@@ -1,7 +1,7 @@
 """Linear: y = activation(norm(x) @ W.T + b) with the norm folded in: an MLP's first half, and both halves of a merger.
 
-`merge` adjacent rows of x are read as one row (patches merge for free: their rows are neighbours). The norm is over each
-of `groups` pieces of that row: groups == merge normalises every patch, groups == 1 the merged row, groups == 0 nothing.
+`merge` adjacent rows of x are read as one row (patches merge for free: their rows are neighbours). The norm is over
+each of `groups` pieces of that row: groups == merge normalises every patch, 1 the merged row, 0 nothing.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def linear(
 ) -> None:
     """Launch over the rows of y that count[0] holds."""
     rows, (columns, depth) = y.shape[0], weight.shape
-    c = gemm_config(rows, columns, x.dtype, device_arch(x.device))
+    c = gemm_config("merger" if groups > 1 else "linear", rows, x.dtype, device_arch(x.device))
     per_group = depth // max(groups, 1)
     linear_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(columns, c.block_n),)](
         y, x, sums, weight, bias, colsum, count,
@@ -97,8 +97,8 @@ def linear_kernel(
     if GROUPS == 0:
         y = matmul_tile(x_ptr, weight_ptr, row, column, 0, K, K, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
     elif GROUPS == 1:
-        y = matmul_tile(x_ptr, weight_ptr, row, column, 0, K, K, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
         mean, rstd = row_moments(sums_ptr, row * MERGE, capacity, K, eps, PARTS, MERGE, CENTRED)
+        y = matmul_tile(x_ptr, weight_ptr, row, column, 0, K, K, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
         y = rstd[:, None] * (y - mean[:, None] * tl.load(colsum_ptr + column)[None, :])
     else:
         y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

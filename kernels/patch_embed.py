@@ -45,7 +45,7 @@ def patch_embed(
 ) -> None:
     """Launch over the rows that count[0] holds. sums is [2, ceil(width / 64), rows]."""
     rows, (width, depth) = x.shape[0], weight.shape
-    c = gemm_config(rows, width, x.dtype, device_arch(x.device))
+    c = gemm_config("residual", rows, x.dtype, device_arch(x.device))
     patch_embed_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(width, c.block_n),)](
         x, sums, pixels, tap_index, tap_weight, weight, bias, positions, count,
         width, depth, rows,
@@ -82,6 +82,4 @@ def patch_embed_kernel(
     x = (x + position).to(x_ptr.dtype.element_ty)
     tl.store(x_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :], x, mask=mask)
     x = tl.where(mask, x.to(tl.float32), 0.0)
-    store_row_sums(
-        sums_ptr, x, offs_m, mask_m, tl.min(offs_n, 0), N, capacity, PARTS, BLOCK_M, BLOCK_N, SUM_COLUMNS
-    )
+    store_row_sums(sums_ptr, x, offs_m, mask_m, tl.min(offs_n, 0), N, capacity, PARTS, BLOCK_M, BLOCK_N, SUM_COLUMNS)

@@ -1,7 +1,7 @@
 """Queries, keys and values: rope(norm(x) @ W.T + b), heads first, with the norm folded into the matmul.
 
-Norm: y = rstd * (x @ W'.T - mean * colsum(W')) + b', W' = gamma * W (weights.fold). Rotation pairs are adjacent columns,
-so one thread holds both; the softmax scale and log2(e) are already in the query rows of W'.
+Norm: y = rstd * (x @ W'.T - mean * colsum(W')) + b', W' = gamma * W (weights.fold). Rotation pairs are adjacent
+columns, so one thread holds both; the softmax scale and log2(e) are already in the query rows of W'.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .device import matmul_tile, row_moments, tile_of
 def moments_ref(
     sums: torch.Tensor, width: int, eps: float, centred: bool, rows: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and 1/std [T / rows] of `rows` adjacent rows taken as one row of `width` numbers, from sums [2, parts, T]."""
+    """Mean and 1/std [T / rows] of `rows` adjacent rows taken as one of `width` numbers, from sums [2, parts, T]."""
     total, square = sums.sum(1).unflatten(1, (-1, rows)).sum(-1) / width
     mean = total if centred else torch.zeros_like(total)
     return mean, torch.rsqrt((square - mean * mean).clamp(min=0) + eps)
@@ -65,7 +65,7 @@ def qkv(
 ) -> None:
     """Launch over the rows that count[0] holds. y is [heads, rows, head_dim]."""
     rows, (columns, width) = x.shape[0], weight.shape
-    c = gemm_config(rows, columns, x.dtype, device_arch(x.device))
+    c = gemm_config("qkv", rows, x.dtype, device_arch(x.device))
     qkv_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(columns, c.block_n),)](
         y, x, sums, cos, sin, weight, bias, colsum, count,
         columns, width, rows, eps,
@@ -92,13 +92,17 @@ def qkv_kernel(
         return
     mask_m, mask_n = offs_m < rows, offs_n < N
     row, column = tl.where(mask_m, offs_m, 0), tl.where(mask_n, offs_n, 0)
-    y = matmul_tile(x_ptr, weight_ptr, row, column, 0, K, K, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
     mean, rstd = row_moments(sums_ptr, row, capacity, K, eps, PARTS, 1, CENTRED)
-    y = rstd[:, None] * (y - mean[:, None] * tl.load(colsum_ptr + column)[None, :]) + tl.load(bias_ptr + column)[None, :]
+    y = matmul_tile(x_ptr, weight_ptr, row, column, 0, K, K, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
+    y = (
+        rstd[:, None] * (y - mean[:, None] * tl.load(colsum_ptr + column)[None, :])
+        + tl.load(bias_ptr + column)[None, :]
+    )
 
     # columns 2j and 2j + 1 rotate together; values pass through with cos 1, sin 0
     pair = tl.min(offs_n, 0) // 2 + tl.arange(0, BLOCK_N // 2)
-    angle = row.to(tl.int64)[:, None] * (HEAD_DIM // 2) + (pair % (HEAD_DIM // 2))[None, :]
+    within = tl.max_contiguous(tl.multiple_of(pair % (HEAD_DIM // 2), 4), 4)
+    angle = row.to(tl.int64)[:, None] * (HEAD_DIM // 2) + within[None, :]
     turns = (pair < ROTATED // 2)[None, :] & mask_m[:, None]
     cos = tl.load(cos_ptr + angle, mask=turns, other=1.0)
     sin = tl.load(sin_ptr + angle, mask=turns, other=0.0)

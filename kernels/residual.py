@@ -1,4 +1,4 @@
-"""Residual: x += a @ W.T + b, in place, and the row sums that the next norm needs: attention's and MLP's second half."""
+"""Residual: x += a @ W.T + b, in place, and the row sums that the next norm needs: second half of attention and MLP."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def residual(
 ) -> None:
     """Launch over the rows that count[0] holds. `out` may be `x`: a program reads and writes the same elements."""
     rows, (width, depth) = x.shape[0], weight.shape
-    c = gemm_config(rows, width, x.dtype, device_arch(x.device))
+    c = gemm_config("residual", rows, x.dtype, device_arch(x.device))
     residual_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(width, c.block_n),)](
         out, sums, x, a, weight, bias, count,
         width, depth, rows,
@@ -63,6 +63,4 @@ def residual_kernel(
     y = y.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at, y, mask=mask)
     y = tl.where(mask, y.to(tl.float32), 0.0)
-    store_row_sums(
-        sums_ptr, y, offs_m, mask_m, tl.min(offs_n, 0), N, capacity, PARTS, BLOCK_M, BLOCK_N, SUM_COLUMNS
-    )
+    store_row_sums(sums_ptr, y, offs_m, mask_m, tl.min(offs_n, 0), N, capacity, PARTS, BLOCK_M, BLOCK_N, SUM_COLUMNS)

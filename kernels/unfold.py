@@ -30,7 +30,9 @@ def unfold_ref(
         frame = grid.view(h // m, m, w // m, m, 2).transpose(1, 2).reshape(h * w, 2).repeat(t, 1)
         angle = frame[:, :, None].to(inv_freq.dtype) * inv_freq
         angles.append(angle.flip(1).transpose(1, 2).flatten(1) if interleaved else angle.flatten(1))
-        taps, weights = zip(*(_axis_taps(frame[:, i], n, side, inv_freq.dtype) for i, n in ((0, h), (1, w))), strict=True)
+        taps, weights = zip(
+            *(_axis_taps(frame[:, i], n, side, inv_freq.dtype) for i, n in ((0, h), (1, w))), strict=True
+        )
         index.append((taps[0][:, :, None] * side + taps[1][:, None, :]).flatten(1))
         weight.append((weights[0][:, :, None] * weights[1][:, None, :]).flatten(1))
         length = per_segment * h * w
@@ -80,7 +82,9 @@ def unfold_cost(rows: int, freqs: int) -> tuple[float, float]:
 
 
 @triton.jit
-def find_image(table_ptr, x, images, FIELD: tl.constexpr, STEPS: tl.constexpr, HEADER: tl.constexpr, FIELDS: tl.constexpr):
+def find_image(
+    table_ptr, x, images, FIELD: tl.constexpr, STEPS: tl.constexpr, HEADER: tl.constexpr, FIELDS: tl.constexpr
+):
     """The last image whose FIELD (a running start) is <= x, by binary search."""
     low = tl.zeros(x.shape, tl.int32)
     high = low + images

@@ -1,6 +1,6 @@
 """A tower's tensors in a safetensors checkpoint: a folder, one file, or a repository of the Hugging Face hub.
 
-Only what the tower needs is touched. Of the files, those shards that hold a tensor of the tower: a hub shard without one
+Only what the tower needs is touched. Of the files, those shards with a tensor of the tower: a hub shard without one
 is never fetched, a local one may be absent. Of a shard, its header and the tower's bytes, memory-mapped: the language
 model beside them costs neither memory nor reading. A tower is checked from headers alone, so a wrong checkpoint fails
 with one complete message before any tensor is read. Pickle files are never opened.
@@ -58,9 +58,6 @@ class TowerTensors(Mapping[str, torch.Tensor]):
             raise KeyError(key)
         return self._read(self.prefix + key)
 
-    def __contains__(self, key: object) -> bool:
-        return key in self.infos
-
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)
 
@@ -115,7 +112,7 @@ class Checkpoint:
         """Every tensor's full name -> the file that holds it, from the index or from the only file's header.
 
         Raises:
-            CheckpointError: no safetensors weights, an unreadable file, or an index that names anything but plain files.
+            CheckpointError: no safetensors weights, an unreadable file, or an index that names other than plain files.
         """
         index = None if self._single else self._home.get(INDEX)
         if index is not None:
@@ -131,7 +128,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: shards that are absent; or, in one message, every tensor that is missing, unexpected (the
-                prefix has it, `expected` does not), of another shape, or of a dtype that is no float of 16 bits or more.
+                prefix has it, `expected` does not), of another shape, or of a dtype that is no float of 16+ bits.
         """
         prefix = self._prefix(prefixes, expected)
         shards = sorted({self.files[prefix + key] for key in expected if prefix + key in self.files})
@@ -173,7 +170,7 @@ class Checkpoint:
                 self._shards[name] = path, safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
-                    f"{path}: no readable safetensors file ({error}). Download it again; a git clone needs `git lfs pull`."
+                    f"{path}: no readable safetensors file ({error}). Download it again (a git clone: git lfs pull)."
                 ) from error
         return self._shards[name]
 
@@ -203,7 +200,7 @@ class _Folder:
         path, root = self.path / name, self.path.resolve()
         if not path.is_file():
             return None
-        # The hub's cache is made of links into itself: models--owner--name/snapshots/commit/config.json -> ../../blobs/...
+        # The hub's cache is made of links into itself: models--owner--name/snapshots/commit/x.json -> ../../blobs/...
         if len(root.parents) > 2 and root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):
             root = root.parents[2]
         if not path.resolve().is_relative_to(root):
@@ -276,7 +273,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _unexpected(files: Mapping[str, str], prefix: str, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Names under the prefix that are not expected; without a prefix, only those of the tower's own top-level modules."""
+    """Names under the prefix that are not expected; without a prefix, only those of the tower's top modules."""
     tops = {key.partition(".")[0] for key in expected}
     keys = (name.removeprefix(prefix) for name in files if name.startswith(prefix))
     return [key for key in keys if key not in expected and (prefix or key.partition(".")[0] in tops)]

@@ -19,14 +19,15 @@ def fold_norm(
 
 
 def column_sum(rounded: torch.Tensor, groups: int = 1) -> torch.Tensor:
-    """[groups, out] row sums of the weight as the kernel will see it: taken after rounding, so that the mean cancels."""
+    """[groups, out] row sums of the weight as the kernel sees it: taken after rounding, so that the mean cancels."""
     wide = rounded.double()
     return wide.view(len(wide), groups, -1).sum(-1).T.contiguous()
 
 
 def fold_softmax_scale(queries: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Query rows of a weight or bias times head_dim ** -0.5 * log2(e), so that the kernel's exp2 is a softmax."""
-    return queries * (head_dim**-0.5 * math.log2(math.e))
+    scale: float = head_dim**-0.5 * math.log2(math.e)
+    return queries * scale
 
 
 def pair_rotations(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -35,4 +36,5 @@ def pair_rotations(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     Queries and keys are permuted alike, so their products do not change.
     """
     heads = rows.view(-1, 2, head_dim // 2, *rows.shape[1:])
-    return heads.transpose(1, 2).reshape(rows.shape)
+    paired: torch.Tensor = heads.transpose(1, 2).reshape(rows.shape)
+    return paired

@@ -70,7 +70,7 @@ class _Packer:
     def block(self, i: int) -> None:
         spec, att, name = self.spec, self.spec.attention, f"block.{i}"
         qkv = fold_norm(*self.pair("block.qkv", i, att.bias), *self.norm("block.norm1", i, spec.norm))
-        self.put(f"{name}.qkv", *(self._heads(t) for t in qkv), groups=1)
+        self.put(f"{name}.qkv", self._heads(qkv[0]), self._heads(qkv[1]), groups=1)
         self.put(f"{name}.proj", *self.pair("block.proj", i, att.bias))
         fc1 = fold_norm(*self.pair("block.fc1", i, spec.mlp.bias), *self.norm("block.norm2", i, spec.norm))
         extra = -spec.mlp.width % PAD  # zero rows: activations of zero are zero, and meet zero columns of fc2

@@ -27,7 +27,8 @@ PACKS = {
 def tower(width: int, heads: int, mlp: int, out: int, head_dim: int | None = None) -> TowerSpec:
     return TowerSpec(
         depth=1, width=width, patch=PatchSpec(16, 2), position=PositionSpec(48), norm=NORM,
-        attention=AttentionSpec(heads, heads, head_dim or width // heads), rope=RopeSpec(), mlp=MlpSpec(mlp, "gelu_tanh"),
+        attention=AttentionSpec(heads, heads, head_dim or width // heads), rope=RopeSpec(),
+        mlp=MlpSpec(mlp, "gelu_tanh"),
         merger=MergerSpec(2, out, NORM), deepstack=(0,),
     )  # fmt: skip
 
@@ -85,7 +86,13 @@ def test_each_step_matches_its_definition(spec: TowerSpec, pack: list[Item], dty
         before = {name: used(buffers[name], name, step, counts, rows).clone() for name in step.reads if name}
         launch_step(step, weights, buffers, tile)
         options = dict(step.options) | ({"tile": tile} if step.op == "unfold" else {})
-        wide = run(OPS[step.op].ref, step, {k: v.double() if v.is_floating_point() else v for k, v in before.items()}, exact, options)
+        wide = run(
+            OPS[step.op].ref,
+            step,
+            {k: v.double() if v.is_floating_point() else v for k, v in before.items()},
+            exact,
+            options,
+        )
         same = run(OPS[step.op].ref, step, before, weights, options)
         for name, truth, peer in zip(step.writes, wide, same, strict=True):
             got = used(buffers[name], name, step, counts, rows)

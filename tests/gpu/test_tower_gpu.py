@@ -43,7 +43,9 @@ def reference():  # type: ignore[no-untyped-def]
 
 @pytest.fixture(scope="module")
 def encoder(reference):  # type: ignore[no-untyped-def]
-    return fused_vit.FusedViT.from_module(reference, dtype=torch.bfloat16, buckets=[(256, 16), (1024, 32), (6144, 64)]).warmup()
+    return fused_vit.FusedViT.from_module(
+        reference, dtype=torch.bfloat16, buckets=[(256, 16), (1024, 32), (6144, 64)]
+    ).warmup()
 
 
 def pixels_of(grid: list[list[int]], seed: int = 0) -> torch.Tensor:
@@ -65,14 +67,15 @@ def test_error_is_at_most_twice_transformers_own(reference, grid, dtype) -> None
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     pixels = pixels_of(grid).to(dtype)
     peer = copy.deepcopy(reference)
-    for name, parameter in peer.named_parameters():  # rounded in place: inv_freq stays fp32, as in a loaded checkpoint
+    for parameter in peer.parameters():  # rounded in place: inv_freq stays fp32, as in a loaded checkpoint
         parameter.data = parameter.data.to(dtype)
     truth = flat(reference(pixels.float(), grid_thw=torch.tensor(grid).cuda()))
     theirs = flat(peer(pixels, grid_thw=torch.tensor(grid).cuda()))
     ours = flat(fused_vit.FusedViT.from_module(reference, dtype=dtype, max_tokens=8192)(pixels, grid))
     for a, b, c in zip(ours, theirs, truth, strict=True):
         assert a.shape == c.shape and a.dtype == dtype
-        assert relative(a, c) <= 2 * relative(b, c) + 2e-6, (relative(a, c), relative(b, c))
+        floor = 1e-5 if dtype == torch.float32 else 0.0  # in fp32 transformers is its own reference
+        assert relative(a, c) <= 2 * relative(b, c) + floor, (relative(a, c), relative(b, c))
 
 
 def test_replay_equals_eager_bit_for_bit_on_a_poisoned_slab(encoder) -> None:  # type: ignore[no-untyped-def]
@@ -177,7 +180,8 @@ def test_bad_input_is_refused_and_the_encoder_stays_usable(encoder) -> None:  # 
     for bad, grid, message in (
         (pixels, [[1, 16]], "shape"), (pixels, [[0, 16, 16]], "image 0"), (pixels, [[1, -16, -16]], "image 0"),
         (pixels, [[1, 15, 16]], "multiples"), (pixels, [[1, 16, 18]], "rows"), (pixels[:, :100], [[1, 16, 16]], "1536"),
-        (pixels.int(), [[1, 16, 16]], "int32"), (pixels.cpu(), [[1, 16, 16]], "cpu"), (pixels, torch.rand(1, 3), "integers"),
+        (pixels.int(), [[1, 16, 16]], "int32"), (pixels.cpu(), [[1, 16, 16]], "cpu"),
+        (pixels, torch.rand(1, 3), "integers"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             encoder(bad, grid)

@@ -1,0 +1,1 @@
+"""Where a FusedViT takes the place of a framework's own tower."""
