@@ -32,7 +32,7 @@ def pack_tower(
     patch = packer.read("patch_embed.weight").flatten(1)
     packer.put("patch_embed", patch, packer.read("patch_embed.bias") if spec.patch.bias else None)
     if spec.position:
-        packer.packed["position.weight"] = packer.read("position.weight").to(dtype)
+        packer.packed["position.weight"] = packer.read("position.weight").to(dtype, copy=True)
     for i in range(spec.depth):
         packer.block(i)
     packer.merger("merger", "merger", 0, groups=spec.merger.patches)
@@ -56,11 +56,11 @@ class _Packer:
 
     def put(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None, groups: int = 0) -> None:
         """Round and store weight, bias and, for a folded norm, the column sums of the rounded weight per group."""
-        rounded = weight.to(self.dtype).contiguous()
+        rounded = weight.to(self.dtype, copy=True).contiguous()  # never a view of the file or of a live module
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         shift = torch.zeros(len(weight), device=self.device) if bias is None else bias
         self.packed[f"{name}.weight"] = rounded
-        self.packed[f"{name}.bias"] = shift.to(wide).contiguous()
+        self.packed[f"{name}.bias"] = shift.to(wide, copy=True).contiguous()
         if groups:
             self.packed[f"{name}.colsum"] = column_sum(rounded, groups).to(wide)
 

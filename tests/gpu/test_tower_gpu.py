@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -172,6 +173,23 @@ def test_streams_take_turns(encoder) -> None:  # type: ignore[no-untyped-def]
         torch.cuda.synchronize()
         for got, want in zip(results, truth, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_eight_threads_share_one_encoder(encoder) -> None:  # type: ignore[no-untyped-def]
+    cases = [(pixels_of(g, i).bfloat16(), g) for i, g in enumerate(GRIDS.values())]
+    truth = [flat(encoder(*case)) for case in cases]
+    torch.cuda.synchronize()
+
+    def hammer(seed: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            right = True
+            for i in range(20):
+                got = flat(encoder(*cases[(seed + i) % 4]))
+                right &= all(torch.equal(a, b) for a, b in zip(got, truth[(seed + i) % 4], strict=True))
+        return right
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(hammer, range(8)))
 
 
 def test_bad_input_is_refused_and_the_encoder_stays_usable(encoder) -> None:  # type: ignore[no-untyped-def]
