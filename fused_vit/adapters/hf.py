@@ -108,7 +108,7 @@ class FusedVisual(nn.Module):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The original's call: pixels, whatever their name, and grids; the encoder derives all else from the grids.
+        """The original's call: pixels, whatever their name and device, and grids, from which all else is derived.
 
         Other keywords are accepted and have no effect: generate's flags, and tensors such as `cu_seqlens` that a caller
         computed ahead. Hidden states and attentions of single layers do not exist; asking for them warns once.
@@ -246,7 +246,7 @@ def _find(model: nn.Module) -> nn.Module:
 
 
 def _check_tensors(tower: nn.Module) -> None:
-    """All tensors that LoRA wrapped, quantization packed or offloading emptied, in one error."""
+    """Raises SpecError with all tensors that LoRA wrapped, quantization packed or offloading emptied."""
     config: dict[str, Any] = tower.config.to_dict()  # type: ignore[operator,union-attr]
     state = {name.replace("patch_embed.linear_proj", "patch_embed.proj"): t for name, t in tower.state_dict().items()}
     wrong = []
@@ -259,8 +259,8 @@ def _check_tensors(tower: nn.Module) -> None:
     if wrong:
         shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise SpecError(
-            f"{type(tower).__name__}: {shown}. expected plain floating-point tensors: merge adapters, and load the tower "
-            "unquantized and not offloaded"
+            f"{type(tower).__name__}: {shown}. expected plain floating-point tensors: merge adapters, load the tower "
+            "neither quantized nor offloaded"
         )
 
 

@@ -1,0 +1,101 @@
+"""The plan: its listing, its launch count, its costs, and buffers that never overlap while both are alive."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import pytest
+
+from fused_vit.buckets import Bucket
+from fused_vit.packing import Item
+from fused_vit.plan import build_plan, cost
+from fused_vit.spec import TowerSpec
+from fused_vit.towers import parse_config
+from fused_vit.workspace import _lifetimes, place, shapes
+
+LISTING = """\
+10 launches over 15 buffers
+  table        [table] int32
+  pixels       [rows, 96] model
+  cos          [rows, 8] float32
+  sin          [rows, 8] float32
+  tap_index    [rows, 4] int32
+  tap_weight   [rows, 4] float32
+  tiles        [tiles, 4] int32
+  x            [rows, 32] model
+  sums         [2, 1, rows] float32
+  qkv          [6, rows, 16] model
+  context      [rows, 32] model
+  hidden       [rows, 64] model
+  merging      [merged, 128] model
+  pooled       [merged, 24] model
+  deepstack.0  [merged, 24] model
+  unfold             cos, sin, tap_index, tap_weight, tiles = unfold(table) merge=2 raster=False interleaved=False side=6
+  patch_embed        x, sums = patch_embed(pixels, tap_index, tap_weight)
+  block.0.qkv        qkv = qkv(x, sums, cos, sin) head_dim=16 rotated=4 eps=1e-06 centred=True
+  block.0.attention  context = attention(qkv, tiles) heads=2
+  block.0.proj       x, sums = residual(x, context)
+  block.0.fc1        hidden = linear(x, sums) merge=1 groups=1 eps=1e-06 centred=True activation=gelu_tanh
+  block.0.fc2        x, sums = residual(x, hidden)
+  deepstack.0.fc1    merging = linear(x, sums) merge=4 groups=1 eps=1e-06 centred=True activation=gelu
+  deepstack.0.fc2    deepstack.0 = linear(merging, ) merge=1 groups=0 eps=1e-06 centred=True activation=none
+  merger.fc1         merging = linear(x, sums) merge=4 groups=4 eps=1e-06 centred=True activation=gelu
+  merger.fc2         pooled = linear(merging, ) merge=1 groups=0 eps=1e-06 centred=True activation=none"""
+
+
+def spec_of(**vision: object) -> TowerSpec:
+    return parse_config({"model_type": "qwen3_vl", "vision_config": {"out_hidden_size": 4096, **vision}})
+
+
+TINY: Mapping[str, object] = {
+    "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 56, "patch_size": 4, "out_hidden_size": 24,
+    "num_position_embeddings": 36, "deepstack_visual_indexes": [0],
+}  # fmt: skip
+
+
+def test_the_listing() -> None:
+    listing = str(build_plan(spec_of(**TINY)))
+    assert listing == LISTING.replace("10 launches", f"{2 + 5 + 2 * 2} launches")
+
+
+@pytest.mark.parametrize("spec", [spec_of(), spec_of(deepstack_visual_indexes=[])], ids=["8b", "no deepstack"])
+def test_five_launches_a_block_two_a_merger(spec: TowerSpec) -> None:
+    assert len(build_plan(spec).steps) == 2 + 5 * spec.depth + 2 * (1 + len(spec.deepstack))
+
+
+def test_costs_are_the_towers_arithmetic() -> None:
+    """0.91 GFLOP of matmul a patch, and 124.4 kFLOP of attention a patch and row of its segment, on the 8B's tower."""
+    plan = build_plan(spec_of())
+    costs = cost(plan, [Item(3, 64, 32, 1)])
+    attention = sum(c.flops for name, c in costs.items() if name.endswith("attention"))
+    linear = sum(c.flops for name, c in costs.items() if not name.endswith("attention"))
+    assert attention == 124_416 * 2048 * 3 * 2048
+    assert linear / (3 * 2048) == pytest.approx(0.906e9, rel=2e-3)
+    assert set(costs) == {step.name for step in plan.steps}
+
+
+@pytest.mark.parametrize("tokens", [4, 100, 256, 8160])
+def test_buffers_that_live_together_do_not_overlap(tokens: int) -> None:
+    plan, bucket = build_plan(spec_of()), Bucket(tokens, 16)
+    offsets, total = place(plan, bucket, 2, 64)
+    spans = _lifetimes(plan)
+    bytes_of = {"float32": 4, "int32": 4, "model": 2}
+    sizes = {b.name: bytes_of[b.dtype] for b in plan.buffers}
+    for name, shape in shapes(plan, bucket, 64).items():
+        for n in shape:
+            sizes[name] *= n
+    names = list(offsets)
+    for i, a in enumerate(names):
+        assert offsets[a] % 256 == 0 and offsets[a] + sizes[a] <= total
+        for b in names[:i]:
+            together = spans[a][0] <= spans[b][1] and spans[b][0] <= spans[a][1]
+            apart = offsets[a] + sizes[a] <= offsets[b] or offsets[b] + sizes[b] <= offsets[a]
+            assert apart or not together, (a, b)
+
+
+def test_the_slab_is_smaller_than_its_buffers() -> None:
+    plan, bucket = build_plan(spec_of()), Bucket(8192, 128)
+    bytes_of = {"float32": 4, "int32": 4, "model": 2}
+    apart = sum(math.prod(shapes(plan, bucket, 64)[b.name]) * bytes_of[b.dtype] for b in plan.buffers)
+    assert place(plan, bucket, 2, 64)[1] < 0.85 * apart
