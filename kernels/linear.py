@@ -65,7 +65,7 @@ def linear(
 ) -> None:
     """Launch over the rows of y that count[0] holds."""
     rows, (columns, depth) = y.shape[0], weight.shape
-    c = gemm_config("merger" if groups > 1 else "linear", rows, x.dtype, device_arch(x.device))
+    c = gemm_config("merger" if merge > 1 else "linear", rows, x.dtype, device_arch(x.device))
     per_group = depth // max(groups, 1)
     linear_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(columns, c.block_n),)](
         y, x, sums, weight, bias, colsum, count,

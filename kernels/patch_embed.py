@@ -45,7 +45,7 @@ def patch_embed(
 ) -> None:
     """Launch over the rows that count[0] holds. sums is [2, ceil(width / 64), rows]."""
     rows, (width, depth) = x.shape[0], weight.shape
-    c = gemm_config("residual", rows, x.dtype, device_arch(x.device))
+    c = gemm_config("patch_embed", rows, x.dtype, device_arch(x.device))
     patch_embed_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(width, c.block_n),)](
         x, sums, pixels, tap_index, tap_weight, weight, bias, positions, count,
         width, depth, rows,

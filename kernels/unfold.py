@@ -12,7 +12,7 @@ import triton.language as tl
 HEADER = 8  # table: rows, merged rows, images, segments, tiles, 3 unused; then FIELDS integers per image
 FIELDS = 8  # t, h, w, first row, first segment (unused by the kernel), frames per segment, first tile, 0
 ROWS, MERGED, IMAGES, SEGMENTS, TILES = range(5)
-BLOCK = 128
+BLOCK = 32
 
 
 def unfold_ref(

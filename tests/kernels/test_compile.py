@@ -1,0 +1,38 @@
+"""Every kernel compiles for sm_80, sm_90 and sm_100 within the committed table: no spills, on the tensor cores."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+
+import pytest
+import triton
+
+from tests.kernels import resources
+
+EXPECTED: dict[str, dict[str, int]] = json.loads(resources.TABLE.read_text())
+TRIG_STACK = 40  # bytes that the range reduction of sin and cos keeps in local memory: no spill
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="the table is triton 3.6's compiler's")
+@pytest.mark.parametrize("arch", resources.ARCHES)
+def test_resources_stay_within_the_table(arch: int) -> None:
+    worse: dict[str, list[str]] = defaultdict(list)
+    keys = set()
+    for key, target, launch in resources.cases():
+        if target != arch:
+            continue
+        keys.add(key)
+        got, table = resources.resources(launch, arch), EXPECTED[key]
+        unfold = key.endswith("unfold")
+        for name in ("registers", "stack", "shared"):
+            if got[name] > table[name]:
+                worse[key].append(f"{name} {got[name]}, table {table[name]}")
+        if got["stack"] > (TRIG_STACK if unfold else 0):
+            worse[key].append(f"spills: {got['stack']} bytes of stack")
+        if got["shared"] > resources.SHARED_LIMIT[arch]:
+            worse[key].append(f"shared memory {got['shared']} is more than the multiprocessor has")
+        if not unfold and not got["tensor_core"]:
+            worse[key].append(f"no {resources.TENSOR_CORE[arch]} in the PTX")
+    assert not worse, dict(worse)
+    assert keys == {key for key in EXPECTED if key.startswith(f"sm_{arch} ")}, "run python -m tests.kernels.resources"

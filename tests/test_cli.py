@@ -1,0 +1,166 @@
+"""The command line on a tiny checkpoint: what it prints and writes, and that every error is one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from fused_vit.cli import app
+
+transformers = pytest.importorskip("transformers")
+Image = pytest.importorskip("PIL.Image")
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def error(result: Result) -> str:
+    """The one line on stderr of a command that failed as it should."""
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("encoding")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A seeded tower of 2 blocks, as one safetensors file under the real names."""
+    torch.manual_seed(0)
+    vision = {
+        "depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 32,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 64,
+    }  # fmt: skip
+    config = transformers.Qwen3VLConfig(vision_config=vision).vision_config
+    tower = transformers.Qwen3VLVisionModel(config)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tensors = {f"model.visual.{name}": torch.randn_like(t) * 0.1 for name, t in tower.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    whole = {"model_type": "qwen3_vl", "vision_config": {**vision, "model_type": "qwen3_vl"}}
+    (folder / "config.json").write_text(json.dumps(whole))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("photos")
+    generator = torch.Generator().manual_seed(0)
+    paths = [folder / "wide.png", folder / "tall.jpg"]
+    for path, (w, h) in zip(paths, ((320, 256), (256, 300)), strict=True):
+        pixels = torch.randint(0, 256, (h, w, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(path)
+    return paths
+
+
+def broken(checkpoint: Path, to: Path, change: dict[str, torch.Tensor | None]) -> Path:
+    """A copy of the checkpoint with tensors replaced or left out."""
+    tensors: dict[str, torch.Tensor | None] = {**load_file(checkpoint / "model.safetensors"), **change}
+    save_file({name: t for name, t in tensors.items() if t is not None}, to / "model.safetensors")
+    (to / "config.json").write_text((checkpoint / "config.json").read_text())
+    return to
+
+
+def test_describe_prints_spec_plan_costs_and_memory(checkpoint: Path) -> None:
+    result = run("describe", checkpoint, "--grid", "1x16x16", "--max-tokens", 1024)
+    assert result.exit_code == 0, result.output
+    for part in ("Qwen3-VL tower", "heads=2", "block.1.fc2", "merger.fc2", "GFLOP", "workspace for 1024 tokens"):
+        assert part in result.output, part
+
+
+def test_check_agrees_with_hugging_face(checkpoint: Path) -> None:
+    result = run("check", checkpoint, "--steps", "--device", "cpu")
+    assert result.exit_code == 0 and "same as Hugging Face, at every step" in result.output, result.output
+    assert all(name in result.output for name in ("pooler_output", "block.1.attention", "deepstack.0.fc2"))
+
+
+@pytest.mark.parametrize("victim", ["block.0.proj", "block.1.fc1", "deepstack.0.fc2", "merger.fc1"])
+def test_check_names_the_first_bad_step(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, victim: str) -> None:
+    from fused_vit import cli
+
+    real = cli.load
+
+    def damaged(*args: object, **kwargs: object) -> object:
+        vit = real(*args, **kwargs)  # type: ignore[arg-type]
+        vit.weights[f"{victim}.bias"][0] += 1
+        return vit
+
+    monkeypatch.setattr(cli, "load", damaged)
+    assert f"first bad step: {victim}" in error(run("check", checkpoint, "--device", "cpu"))
+
+
+def test_check_names_the_steps_that_hugging_face_lays_out_otherwise(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fused_vit import cli
+
+    real = cli.load
+
+    def damaged(*args: object, **kwargs: object) -> object:
+        vit = real(*args, **kwargs)  # type: ignore[arg-type]
+        vit.weights["block.1.qkv.bias"] += 1
+        return vit
+
+    monkeypatch.setattr(cli, "load", damaged)
+    message = error(run("check", checkpoint, "--device", "cpu"))
+    assert "first bad step: block.1.attention (or block.1.qkv" in message
+
+
+def test_encode_writes_each_image_and_a_picture(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:
+    out, png = tmp_path / "out.safetensors", tmp_path / "pca.png"
+    result = run("encode", *photos, "--checkpoint", checkpoint, "-o", out, "--pca", png, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    with safe_open(out, "pt") as file:
+        assert file.metadata()["checkpoint"] == str(checkpoint)
+        for photo in photos:
+            t, h, w = file.get_tensor(f"{photo}.grid_thw").tolist()
+            assert file.get_tensor(f"{photo}").shape == (t * h * w // 4, 32)
+            assert file.get_tensor(f"{photo}.deepstack.0").shape == (t * h * w // 4, 32)
+        assert len(file.keys()) == 6
+    assert Image.open(png).size[1] == 2 * 640 + 16
+
+
+def test_encoding_alone_is_encoding_together(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:
+    for name, paths in (("both", photos), ("one", photos[1:])):
+        done = run("encode", *paths, "--checkpoint", checkpoint, "-o", tmp_path / name, "--device", "cpu")
+        assert done.exit_code == 0, done.output
+    both, one = load_file(tmp_path / "both"), load_file(tmp_path / "one")
+    assert all(torch.equal(both[name], one[name]) for name in one)
+
+
+def test_env_says_what_a_report_needs() -> None:
+    result = run("env")
+    assert result.exit_code == 0
+    assert torch.__version__.partition("+")[0] in result.output and "fused_vit" in result.output
+
+
+def test_errors_are_one_line(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:
+    assert "no such folder" in error(run("describe", tmp_path / "absent"))
+    (tmp_path / "text.png").write_text("no image")
+    encode = ("encode", "--checkpoint", checkpoint, "-o", tmp_path / "out.safetensors")
+    assert "text.png" in error(run(*encode, tmp_path / "text.png"))
+    assert "absent.png" in error(run(*encode, "absent.png"))
+    assert "make it first" in error(run("encode", photos[0], "--checkpoint", checkpoint, "-o", tmp_path / "no" / "o"))
+    assert "--grid" in error(run("describe", checkpoint, "--grid", "64"))
+    assert "merge size" in error(run("describe", checkpoint, "--grid", "1x3x3"))
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_wrong_checkpoint_is_one_line_with_every_tensor(checkpoint: Path, tmp_path: Path) -> None:
+    change = {"model.visual.merger.norm.weight": None, "model.visual.merger.norm.bias": torch.zeros(3)}
+    message = error(run("describe", broken(checkpoint, tmp_path, change)))
+    assert "merger.norm.weight" in message and "merger.norm.bias" in message
+
+
+def test_the_installed_command_leaves_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fused_vit.cli", "describe", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
