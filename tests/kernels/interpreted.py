@@ -1,5 +1,5 @@
-"""Every kernel in Triton's CPU interpreter against its definition in fp64. Run by test_interpreted.py in a process of its
-own, since TRITON_INTERPRET must be set before triton is imported.
+"""Every kernel in Triton's CPU interpreter against its definition in fp64. Run by test_interpreted.py in a process of
+its own, since TRITON_INTERPRET must be set before triton is imported.
 
 Counts are smaller than capacities, everything past the count is NaN on the way in and a sentinel on the way out: a row
 read past the count, or stored past it, fails.
@@ -7,15 +7,12 @@ read past the count, or stored past it, fails.
 
 from __future__ import annotations
 
-import os
-
-assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_interpreted.py"
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+import triton
 
 from fused_vit.buckets import Bucket
 from fused_vit.executor import define, launch
@@ -27,6 +24,8 @@ from fused_vit.weights.pack import pack_tower
 from fused_vit.workspace import Workspace
 from tests.kernels import shim
 
+if not triton.knobs.runtime.interpret:
+    pytest.skip("needs TRITON_INTERPRET=1: run through test_interpreted.py", allow_module_level=True)
 shim.install()
 NAN, SENTINEL = float("nan"), 1234.0
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -214,8 +213,8 @@ def test_a_nan_segment_leaves_its_neighbours_alone() -> None:
 def test_a_plan_in_a_poisoned_slab_equals_its_definition() -> None:
     norm = NormSpec("layer", 1e-6)
     spec = TowerSpec(
-        depth=2, width=48, patch=PatchSpec(4, 2), position=PositionSpec(5), norm=norm, attention=AttentionSpec(2, 2, 24),
-        rope=RopeSpec(), mlp=MlpSpec(100, "gelu_tanh"), merger=MergerSpec(2, 40, norm), deepstack=(0,),
+        depth=2, width=48, patch=PatchSpec(4, 2), position=PositionSpec(5), norm=norm,
+        attention=AttentionSpec(2, 2, 24), rope=RopeSpec(), mlp=MlpSpec(100, "gelu_tanh"), merger=MergerSpec(2, 40, norm), deepstack=(0,),
     )  # fmt: skip
     from fused_vit.towers import _tensors
 

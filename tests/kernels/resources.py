@@ -154,7 +154,7 @@ def cases() -> Iterator[tuple[str, int, Launch]]:
     """(key, arch, launch): every bucket class of the 8B on sm_90, one of each tower on the others."""
     for arch in ARCHES:
         for tower, tokens in (("8B", 256), ("8B", 2048), ("8B", 8192), ("2B", 8192)):
-            if arch == 90 or tokens == 8192 and tower == "8B":
+            if arch == 90 or (tokens, tower) == (8192, "8B"):
                 for launch in launches(tower, tokens, arch):
                     yield f"sm_{arch} {launch.label}", arch, launch
 

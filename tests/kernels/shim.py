@@ -1,7 +1,7 @@
 """Triton's CPU interpreter, made right for bf16. Import after TRITON_INTERPRET=1 is set, before any launch.
 
-Triton 3.6's interpreter keeps bf16 as 16-bit integers: dots and sums of them are garbage, casts truncate. Here every bf16
-operand is widened to fp32 and results are rounded to nearest even, as the hardware does. It also lets loops take
+Triton 3.6's interpreter keeps bf16 as 16-bit integers: dots and sums of them are garbage, casts truncate. Here every
+bf16 operand is widened to fp32 and results are rounded to nearest even, as the hardware does. It also lets loops take
 their bounds from device memory under numpy 2.4, which no longer converts one-element arrays.
 """
 

@@ -15,7 +15,6 @@ def test_kernels_equal_their_definitions_in_the_interpreter(op: str) -> None:
     file = Path(__file__).with_name("interpreted.py")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", op, str(file)]
 
-    run = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, cwd=file.parents[2], check=False
-    )  # fmt: skip
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=file.parents[2], check=False)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]
