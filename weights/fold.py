@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 
 
 def fold_norm(
@@ -35,6 +36,4 @@ def pair_rotations(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
 
     Queries and keys are permuted alike, so their products do not change.
     """
-    heads = rows.view(-1, 2, head_dim // 2, *rows.shape[1:])
-    paired: torch.Tensor = heads.transpose(1, 2).reshape(rows.shape)
-    return paired
+    return rearrange(rows, "(head pair j) ... -> (head j pair) ...", pair=2, j=head_dim // 2)

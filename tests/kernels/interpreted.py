@@ -214,7 +214,8 @@ def test_a_plan_in_a_poisoned_slab_equals_its_definition() -> None:
     norm = NormSpec("layer", 1e-6)
     spec = TowerSpec(
         depth=2, width=48, patch=PatchSpec(4, 2), position=PositionSpec(5), norm=norm,
-        attention=AttentionSpec(2, 2, 24), rope=RopeSpec(), mlp=MlpSpec(100, "gelu_tanh"), merger=MergerSpec(2, 40, norm), deepstack=(0,),
+        attention=AttentionSpec(2, 2, 24), rope=RopeSpec(), mlp=MlpSpec(100, "gelu_tanh"),
+        merger=MergerSpec(2, 40, norm), deepstack=(0,),
     )  # fmt: skip
     from fused_vit.towers import _tensors
 

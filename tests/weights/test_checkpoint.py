@@ -304,8 +304,14 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content, says",
-    [(None, "no config.json"), (b"", "not JSON"), (b"{", "not JSON"), (b"\xff\xfe", "not JSON"), (b"[1]", "JSON list")]
-    + [(b"[" * 10**6, "not JSON")],
+    [
+        (None, "no config.json"),
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[1]", "JSON list"),
+        (b"[" * 10**6, "not JSON"),
+    ],
     ids=["absent", "empty", "cut", "bytes", "list", "deep"],
 )
 @pytest.mark.parametrize("of_file", [False, True])
@@ -345,8 +351,25 @@ def test_corrupt_file(tmp_path: Path, spoil: Any, sharded: bool) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../evil.safetensors", "/evil.safetensors", "sub/x.safetensors", "..", ".", "", "x.bin", "a\\b.safetensors"]
-    + ["..safetensors", ".safetensors", "x.safetensors\n", "x\0.safetensors", "C:x.safetensors", 3, None, ["a"], {}],
+    [
+        "../evil.safetensors",
+        "/evil.safetensors",
+        "sub/x.safetensors",
+        "..",
+        ".",
+        "",
+        "x.bin",
+        "a\\b.safetensors",
+        "..safetensors",
+        ".safetensors",
+        "x.safetensors\n",
+        "x\0.safetensors",
+        "C:x.safetensors",
+        3,
+        None,
+        ["a"],
+        {},
+    ],
     ids=repr,
 )
 def test_shard_names_that_are_no_plain_files(tmp_path: Path, name: Any) -> None:
@@ -449,7 +472,7 @@ def test_hub_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub's own cache layout, offline: refs/main, blobs, and a snapshot of links into them. Returns the snapshot."""
+    """The hub's own cache layout, offline: refs/main, blobs, and a snapshot of links into them; that snapshot."""
     root = tmp_path / "hub" / f"models--{REPO.replace('/', '--')}"
     snapshot = root / "snapshots" / COMMIT
     for folder in (root / "refs", root / "blobs", snapshot):

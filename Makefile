@@ -1,0 +1,72 @@
+# Every target sets up what it needs, once per change of pyproject.toml or .ci/constraints.txt.
+#   VENV=path         where the virtual environment goes
+#   PYTHON=path       Python 3.11 or newer to make it from
+#   TORCH_INDEX=url   an extra package index for torch, on a machine without a GPU
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+DRIVER := $(shell command -v nvidia-smi 2>/dev/null || ls /dev/nvidiactl 2>/dev/null)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+STAMP := $(VENV)/.fused-vit
+OLDER := build/transformers-4.57
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench wheel clean
+
+help:
+	@echo "make demo    encode a photograph, compare with Hugging Face, write out/demo/pca.png"
+	@echo "make test    every test this machine can run"
+	@echo "make check   ruff, format, mypy --strict, import directions"
+	@echo "make bench   measure on this machine's GPU, write bench/results/"
+	@echo "make wheel   dist/*.whl"
+	@echo "make clean   remove what the others made, the environment included"
+
+demo: $(STAMP)
+	$(BIN)/python -m bench.demo
+
+test: $(STAMP) $(OLDER)/.done
+	$(BIN)/python -m pytest -q tests
+	PYTHONPATH=$(OLDER):. $(BIN)/python -m pytest -q tests/adapters/test_hf.py
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+bench: $(STAMP)
+	$(BIN)/python -m bench.encoder
+	$(BIN)/python -m bench.report
+
+wheel: $(STAMP)
+	rm -rf build/lib build/bdist.*
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	test ! -f $(STAMP) || rm -rf $(VENV)
+
+ifeq ($(DRIVER),)
+# No NVIDIA driver: the pinned versions, and torch first so that the CPU build an index offers is the one taken.
+INSTALL = $(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0 triton==3.6.0 && \
+	$(PIP) -c .ci/constraints.txt -e '.[dev]'
+else
+# A GPU machine often has a torch that fits its driver: build on it instead of downloading another.
+SYSTEM = $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages)
+INSTALL = $(PIP) -e '.[dev]'
+endif
+
+$(STAMP): pyproject.toml .ci/constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; install one, or: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(SYSTEM) $(VENV)
+	$(INSTALL)
+	@touch $@
+
+# The oldest transformers the adapters support, laid over the environment for one test file.
+$(OLDER)/.done: $(STAMP)
+	rm -rf $(OLDER)
+	$(PIP) --no-deps --target $(OLDER) transformers==4.57.6 'huggingface_hub<1' 'tokenizers>=0.22,<0.23' \
+		requests urllib3 charset-normalizer
+	@touch $@

@@ -1,0 +1,251 @@
+"""fused-vit: describe a checkpoint's tower, encode images, check against Hugging Face, report the environment."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import platform
+import sys
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from . import __version__
+from .buckets import ladder
+from .encoder import FusedViT, load
+from .errors import FusedVitError, InputError
+from .packing import items
+from .plan import Plan, build_plan, cost
+from .towers import find_tower, parse_config
+from .weights.checkpoint import Checkpoint, TowerTensors
+from .workspace import place
+
+out = Console()
+# Every shape that packing treats differently: square, tiny, odd sides, clips
+CHECKED = ((1, 8, 8), (1, 1, 1), (1, 3, 5), (4, 4, 7), (1, 17, 10))  # (frames, height, width) in merged patches
+
+
+class OneLineErrors(typer.core.TyperGroup):
+    """What a user can cause, and what a machine lacks, is one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (FusedVitError, OSError, ImportError, torch.OutOfMemoryError) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=OneLineErrors, no_args_is_help=True, add_completion=False,
+    rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Vision towers as fused Triton kernels in CUDA graphs.",
+)  # fmt: skip
+
+
+class Dtype(StrEnum):
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+def _torch(dtype: Dtype | None) -> torch.dtype | None:
+    return None if dtype is None else getattr(torch, dtype.value)
+
+
+Source = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="folder, .safetensors file or hub id")]
+Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu; default a GPU where there is one")]
+Precision = Annotated[Dtype | None, typer.Option("--dtype", help="default the checkpoint's own, float32 on a CPU")]
+
+
+@app.command()
+def describe(
+    checkpoint: Source,
+    grid: Annotated[str, typer.Option(help="TxHxW in patches, what steps are costed for")] = "1x64x64",
+    max_tokens: Annotated[int, typer.Option(help="patches of the largest bucket")] = 16384,
+    revision: Revision = None,
+) -> None:
+    """Print a tower's spec, its plan with FLOPs and bytes per step, and the memory it takes. Reads headers only."""
+    opened = Checkpoint.open(checkpoint, revision=revision)
+    row, spec = find_tower(opened.config), parse_config(opened.config)
+    tensors = opened.tower(row.prefixes, row.expected(spec))
+    plan = build_plan(spec)
+    out.print(f"{row.family} tower in {checkpoint}, {len(tensors)} tensors under {tensors.prefix!r}", highlight=False)
+    for name in spec.__slots__:
+        out.print(f"  {name:<10} {getattr(spec, name)}", highlight=False, soft_wrap=True)
+    out.print(str(plan), highlight=False, soft_wrap=True, markup=False)
+    out.print(_costs(plan, _grid(grid), grid))
+    out.print(_memory(plan, tensors, max_tokens))
+
+
+def _grid(text: str) -> list[int]:
+    sides = text.split("x")
+    if len(sides) != 3 or not all(side.isdecimal() for side in sides):
+        raise InputError(f"--grid is {text!r}; expected TxHxW in patches, such as 1x64x64")
+    return [int(side) for side in sides]
+
+
+def _costs(plan: Plan, grid: list[int], title: str) -> Table:
+    """Steps of the same kind in different blocks cost the same: one row for them, with how many there are."""
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for name, step in cost(plan, items(plan.spec, [grid], math.prod(grid))).items():
+        kind = ".".join(part for part in name.split(".") if not part.isdecimal())
+        kinds.setdefault(kind, []).append((step.flops, step.bytes))
+    table = Table("step", *(f"{n}" for n in ("launches", "GFLOP each", "MB each", "FLOP/byte", "GFLOP")), title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for kind, steps in kinds.items():
+        flops, size = steps[0]
+        each = (f"{flops / 1e9:.3f}", f"{size / 1e6:.2f}", f"{flops / size:.0f}", f"{len(steps) * flops / 1e9:.2f}")
+        table.add_row(kind, str(len(steps)), *each)
+    every = [step for steps in kinds.values() for step in steps]
+    table.add_section()
+    table.add_row("all", str(len(every)), "", "", "", f"{sum(flops for flops, _ in every) / 1e9:.2f}")
+    return table
+
+
+def _memory(plan: Plan, tensors: TowerTensors, max_tokens: int) -> Table:
+    from .kernels.config import attention_config
+
+    table = Table("memory", "MiB", show_edge=False)
+    table.columns[1].justify = "right"
+    table.add_row("tensors in the checkpoint", f"{tensors.bytes / 2**20:.1f}")
+    for dtype, arch in ((torch.bfloat16, 90), (torch.float32, 90)):
+        tile = attention_config(plan.spec.attention.head_dim, dtype, arch).block_m
+        size = place(plan, ladder(max_tokens)[-1], dtype.itemsize, tile)[1]
+        table.add_row(f"workspace for {max_tokens} tokens, {str(dtype).removeprefix('torch.')}", f"{size / 2**20:.1f}")
+    return table
+
+
+@app.command()
+def encode(
+    images: Annotated[list[Path], typer.Argument(help="photographs, in any format that pillow reads")],
+    checkpoint: Annotated[str, typer.Option(help="folder, .safetensors file or hub id")],
+    output: Annotated[Path, typer.Option("-o", "--output", help=".safetensors to write")] = Path("out.safetensors"),
+    pca: Annotated[Path | None, typer.Option(help="picture to write: each photo beside its patches' PCA")] = None,
+    device: Device = None,
+    dtype: Precision = None,
+    revision: Revision = None,
+) -> None:
+    """Encode images. Each gets its merged rows under its path, with .grid_thw and .deepstack.K beside them."""
+    from safetensors.torch import save_file
+
+    from .images import processor, read_image
+    from .pca import colours, picture, raster
+
+    for target in (output, pca):
+        if target is not None and not target.parent.is_dir():
+            raise InputError(f"{target}: there is no folder {target.parent}; make it first")
+    vit = load(checkpoint, device=device, dtype=_torch(dtype), revision=revision)
+    prepare = processor(vit.spec, checkpoint, revision=revision)
+    tensors: dict[str, torch.Tensor] = {}
+    photos, maps = [], []
+    with Progress(console=Console(stderr=True)) as progress:
+        for path in progress.track(images, description="encoding"):
+            photo = read_image(path)
+            try:
+                batch = prepare(images=[photo], return_tensors="pt")
+            except ValueError as error:
+                raise InputError(f"{path}: {error}") from error
+            grid = batch["image_grid_thw"]
+            result = vit(batch["pixel_values"].to(vit.device), grid)
+            tensors |= {f"{path}": result.pooler_output.cpu(), f"{path}.grid_thw": grid[0].cpu()}
+            tensors |= {f"{path}.deepstack.{k}": t.cpu() for k, t in enumerate(result.deepstack_features)}
+            if pca is not None:
+                photos.append(photo)
+                maps.append(colours(raster(result.last_hidden_state, grid[0].tolist(), vit.spec)[0]))
+    save_file(tensors, output, metadata={"fused_vit": __version__, "checkpoint": checkpoint})
+    out.print(f"{len(images)} images to {output} ({vit.backend} on {vit.device})", highlight=False, soft_wrap=True)
+    if pca is not None:
+        try:
+            picture(photos, maps).save(pca)
+        except ValueError as error:  # pillow's word for an unknown suffix
+            raise InputError(f"{pca}: {error}; take .png") from error
+        out.print(f"picture: {pca}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def check(
+    checkpoint: Source,
+    steps: Annotated[bool, typer.Option("--steps", help="compare every step, wrong output or not")] = False,
+    device: Device = None,
+    dtype: Precision = None,
+    revision: Revision = None,
+) -> None:
+    """Compare with Hugging Face on this machine. Where they differ, names the first bad step and exits with 1."""
+    from .parity import Compared, Peer, hf_tower, random_call
+
+    vit = load(checkpoint, device=device, dtype=_torch(dtype), revision=revision)
+    tower = hf_tower(Checkpoint.open(checkpoint, revision=revision), vit.device)
+    merge = vit.spec.merger.size
+    grid = [[t, h * merge, w * merge] for t, h, w in CHECKED]
+    peer = Peer(tower, vit, random_call(vit, grid), grid)
+    rows = peer.outputs()
+    good = all(row.ok for row in rows)
+    out.print(_errors(rows, f"{vit.backend} on {vit.device}, {str(vit.dtype).removeprefix('torch.')}"))
+    if good and not steps:
+        out.print("same as Hugging Face")
+        return
+    walked: list[Compared] = []
+    for row in peer.steps():
+        walked.append(row)
+        if not row.ok and not steps:
+            break
+    out.print(_errors(walked if steps else walked[-3:], "step by step"))
+    bad = next((i for i, row in enumerate(walked) if not row.ok), None)
+    if bad is not None:
+        raise FusedVitError(f"first bad step: {walked[bad].name}{_between(vit, walked, bad)}")
+    if not good:
+        raise FusedVitError("every step is right, but an output of the whole call is not: suspect the graphs")
+    out.print("same as Hugging Face, at every step")
+
+
+def _between(vit: FusedViT, walked: list[Any], bad: int) -> str:
+    """The steps before it that have no counterpart to compare with, such as qkv, and may be the cause."""
+    names = [step.name for step in vit.plan().steps]
+    first = names.index(walked[bad - 1].name) + 1 if bad else 0
+    silent = names[first : names.index(walked[bad].name)]
+    return f" (or {', '.join(silent)}, which Hugging Face computes in another layout)" if silent else ""
+
+
+def _errors(rows: list[Any], title: str) -> Table:
+    table = Table("relative error of", "fused_vit", "Hugging Face", "allowed", "", title=title)
+    for row in rows:
+        verdict = "ok" if row.ok else "[bold red]bad"
+        table.add_row(row.name, f"{row.error:.2e}", f"{row.theirs:.2e}", f"{row.allowed:.2e}", verdict)
+    return table
+
+
+@app.command()
+def env() -> None:
+    """Print what a bug report needs."""
+    lines = {"fused_vit": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for name in ("torch", "triton", "transformers", "safetensors", "huggingface_hub", "numpy"):
+        try:
+            lines[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            lines[name] = "absent"
+    lines["torch's CUDA"] = torch.version.cuda or "none (a CPU build)"
+    for i in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(i)
+        lines[f"cuda:{i}"] = f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB"
+    lines["runs"] = "Triton kernels in CUDA graphs" if torch.cuda.is_available() else "the definition, in torch"
+    try:
+        importlib.import_module("fused_vit.kernels.ops")
+        lines["kernels"] = "import"
+    except ImportError as error:
+        lines["kernels"] = f"do not import: {error}"
+    for name, value in lines.items():
+        out.print(f"{name:<16} {value}", highlight=False, soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    app()
