@@ -90,7 +90,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @contextmanager
 def exact_fp32() -> Iterator[None]:
     """No TF32: by default cuDNN's convolutions use it, and cost the patch embedding's truth 3e-4."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     for backend in backends:
         backend.allow_tf32 = False
