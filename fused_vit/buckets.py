@@ -1,6 +1,6 @@
 """Buckets: the sizes for which a CUDA graph exists.
 
-Kernels read the true counts from the device, so a half-full bucket costs about half: the ladder can be sparse.
+Kernels read the true counts from the device and skip the empty part of a bucket: the ladder can be sparse.
 """
 
 from __future__ import annotations
