@@ -98,7 +98,11 @@ def test_features_are_the_same(model: Any, video: bool) -> None:
         before, after = ((out.pooler_output, out.deepstack_features) for out in (before, after))
     for was, now in zip(before, after, strict=True):
         assert len(was) == len(now) and type(was) is type(now)
-        assert all(relative(b, a) <= 1e-5 for a, b in zip(was, now, strict=True))
+        for a, b in zip(was, now, strict=True):
+            assert type(a) is type(b)
+            if isinstance(a, tuple):  # from 5.23 on, deepstack features come split per image
+                a, b = torch.cat(a), torch.cat(b)
+            assert relative(b, a) <= 1e-5
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe"])
