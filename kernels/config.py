@@ -1,6 +1,6 @@
 """Launch configurations: pure functions of shape, dtype and architecture over literal tables. No autotuning.
 
-`bench/tune.py` measures candidates and prints rows for these tables; only rows marked `measured` were timed.
+`bench/tune.py` measures candidates for these tables.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class AttentionConfig:
     stages: int
 
 
-# op -> (rows of the bucket up to, config); the first row that fits is taken. sm_90: measured at Qwen3-VL-8B's sizes
-# (bench/results/tune.json); the others are not measured.
+# op -> (rows of the bucket up to, config); the first row that fits is taken. On sm_90, qkv, linear and residual were
+# chosen from bench/results/tune.json (Qwen3-VL-8B's sizes); the other rows and architectures are not measured.
 _GEMM_16BIT: dict[int, dict[str, tuple[tuple[int, GemmConfig], ...]]] = {
     80: {
         "qkv": ((1 << 30, GemmConfig(64, 128, 32, 4, 4)),),

@@ -76,11 +76,6 @@ def unfold(
     )  # fmt: skip
 
 
-def unfold_cost(rows: int, freqs: int) -> tuple[float, float]:
-    """(FLOPs, bytes): writes only."""
-    return 0.0, rows * (4 * freqs * 4 + 4 * 8)
-
-
 @triton.jit
 def find_image(
     table_ptr, x, images, FIELD: tl.constexpr, STEPS: tl.constexpr, HEADER: tl.constexpr, FIELDS: tl.constexpr
