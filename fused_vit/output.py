@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -26,7 +25,7 @@ class VisionOutput:
         return list(self.pooler_output.split(list(self.merged_rows)))
 
     def items(self) -> Iterator[tuple[str, object]]:
-        return iter(OrderedDict((k, getattr(self, k)) for k in self.__slots__ if k != "merged_rows").items())
+        return ((name, getattr(self, name)) for name in self.__slots__ if name != "merged_rows")
 
     def to_tuple(self) -> tuple[object, ...]:
         return tuple(value for _, value in self.items())

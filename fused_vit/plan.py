@@ -12,7 +12,7 @@ from typing import Any, Literal
 from .packing import Item
 from .spec import TowerSpec
 
-PAD = 64  # depths of our own buffers are padded to this, so that no kernel masks k; kernels.config says the same
+PAD = 64  # depths of our own buffers are padded to this, so that no kernel masks k; weights.pack says the same
 SUM_COLUMNS = 64
 ROWS, MERGED, TILES = 0, 1, 4  # places in the table's header where a step's row count lives
 

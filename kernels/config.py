@@ -11,7 +11,6 @@ from functools import lru_cache
 import torch
 
 SUM_COLUMNS = 64  # one partial row sum per 64 columns, whatever the tile: the same bits from every configuration
-PAD = 64  # matmul depths of our own buffers are padded to this, once, when weights are packed
 
 
 @dataclass(frozen=True, slots=True)

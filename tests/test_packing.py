@@ -49,7 +49,8 @@ def test_the_table_adds_up(pack: list[Item], tile: int) -> None:
 def test_the_host_and_the_kernel_agree_on_the_tables_layout() -> None:
     from fused_vit import packing, plan
     from fused_vit.kernels import config, unfold
+    from fused_vit.weights import pack
 
     assert (unfold.HEADER, unfold.FIELDS) == (packing.HEADER, packing.FIELDS)
     assert (unfold.ROWS, unfold.MERGED, unfold.TILES) == (plan.ROWS, plan.MERGED, plan.TILES)
-    assert (config.SUM_COLUMNS, config.PAD) == (plan.SUM_COLUMNS, plan.PAD)
+    assert (config.SUM_COLUMNS, pack.PAD) == (plan.SUM_COLUMNS, plan.PAD)
