@@ -28,7 +28,7 @@ demo: $(STAMP)
 
 test: $(STAMP) $(OLDER)/.done
 	$(BIN)/python -m pytest -q tests
-	PYTHONPATH=$(OLDER):. $(BIN)/python -m pytest -q tests/adapters/test_hf.py
+	PYTHONPATH=$(OLDER):. $(BIN)/python -m pytest -q tests/adapters
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -110,12 +110,13 @@ def main() -> None:
     ran = "Triton kernels in CUDA graphs" if gpu else "the plan's definition in torch: no GPU here, so no kernel ran"
     table = Table(title="a photograph through a small Qwen3-VL tower", show_header=False, title_justify="left")
     table.add_row("ran", f"{ran} ({vit.device}, {str(vit.dtype).removeprefix('torch.')})")
-    of_tower = opened.tower(row.prefixes, row.expected(vit.spec)).bytes / 1e6
+    layout = row.layouts[0]
+    of_tower = opened.tower(layout.prefixes, layout.expected(vit.spec)).bytes / 1e6
     table.add_row("checkpoint", f"{len(shards)} shards, {held:.1f} MB, of which the tower {of_tower:.1f} MB")
     table.add_row("photograph", f"{photo.width} x {photo.height}, encoded at {SIDE} x {SIDE}")
-    table.add_row("tokens", f"{len(pixels)} patches {grid[0]} -> {len(result.pooler_output)} merged")
+    table.add_row("tokens", f"{len(pixels)} patches {grid[0]} -> {len(result.split()[0])} merged")
     table.add_row("last_hidden_state", str(list(result.last_hidden_state.shape)))
-    table.add_row("pooler_output", str(list(result.pooler_output.shape)))
+    table.add_row("pooler_output", str(list(result.split()[0].shape)))
     table.add_row("deepstack_features", ", ".join(str(list(t.shape)) for t in result.deepstack_features))
     launches = len(vit.plan().steps)
     table.add_row("launches", f"{launches}" + (", replayed as one graph" if gpu else " on a GPU; none here"))

@@ -22,14 +22,14 @@ class Bucket:
         return tokens <= self.tokens and segments <= self.segments
 
 
-def ladder(max_tokens: int) -> tuple[Bucket, ...]:
-    """Powers of two from 256 tokens up to max_tokens (always included), a segment for every 64 tokens."""
+def ladder(max_tokens: int, per_segment: int = 64) -> tuple[Bucket, ...]:
+    """Powers of two from 256 tokens up to max_tokens (always included), a segment for every `per_segment` tokens."""
     if max_tokens <= 0:
         raise InputError(f"max_tokens is {max_tokens}; expected a positive number of patches")
     sizes = [256]
     while sizes[-1] < max_tokens:
         sizes.append(min(sizes[-1] * 2, max_tokens))
-    return tuple(Bucket(size, max(16, size // 64)) for size in sizes)
+    return tuple(Bucket(size, max(16, size // per_segment)) for size in sizes)
 
 
 def as_buckets(values: Iterable[Bucket | int | Sequence[int]]) -> tuple[Bucket, ...]:

@@ -19,10 +19,12 @@ from rich.table import Table
 
 from . import __version__
 from .buckets import ladder
-from .encoder import FusedViT, load
+from .encoder import FusedViT, flatten_call, load
 from .errors import FusedVitError, InputError
+from .layouts import choose_layout
 from .packing import items
 from .plan import Plan, build_plan, cost
+from .spec import TowerSpec
 from .towers import find_tower, parse_config
 from .weights.checkpoint import Checkpoint, TowerTensors
 from .workspace import place
@@ -76,11 +78,12 @@ def describe(
     """Print a tower's spec, its plan with FLOPs and bytes per step, and the memory it takes. Reads headers only."""
     opened = Checkpoint.open(checkpoint, revision=revision)
     row, spec = find_tower(opened.config), parse_config(opened.config)
-    tensors = opened.tower(row.prefixes, row.expected(spec))
+    layout = choose_layout(row.layouts, spec, opened.files)
+    tensors = opened.tower(layout.prefixes, layout.expected(spec), layout.unused)
     plan = build_plan(spec)
     out.print(f"{row.family} tower in {checkpoint}, {len(tensors)} tensors under {tensors.prefix!r}", highlight=False)
     for name in spec.__slots__:
-        out.print(f"  {name:<10} {getattr(spec, name)}", highlight=False, soft_wrap=True)
+        out.print(f"  {name:<12} {getattr(spec, name)}", highlight=False, soft_wrap=True)
     out.print(str(plan), highlight=False, soft_wrap=True, markup=False)
     out.print(_costs(plan, _grid(grid), grid))
     out.print(_memory(plan, tensors, max_tokens))
@@ -138,7 +141,7 @@ def encode(
     """Encode images. Each gets its merged rows under its path, with .grid_thw and .deepstack.K beside them."""
     from safetensors.torch import save_file
 
-    from .images import processor, read_image
+    from .images import call_of, processor, read_image
     from .pca import colours, picture, raster
 
     for target in (output, pca):
@@ -155,13 +158,14 @@ def encode(
                 batch = prepare(images=[photo], return_tensors="pt")
             except ValueError as error:
                 raise InputError(f"{path}: {error}") from error
-            grid = batch["image_grid_thw"]
-            result = vit(batch["pixel_values"].to(vit.device), grid)
-            tensors |= {f"{path}": result.pooler_output.cpu(), f"{path}.grid_thw": grid[0].cpu()}
+            pixels, grids = call_of(batch)
+            pixels, grid = flatten_call(vit.spec, pixels, grids)
+            result = vit(pixels.to(vit.device), grid)
+            tensors |= {f"{path}": result.split()[0].cpu(), f"{path}.grid_thw": torch.tensor(grid[0])}
             tensors |= {f"{path}.deepstack.{k}": t.cpu() for k, t in enumerate(result.deepstack_features)}
             if pca is not None:
                 photos.append(photo)
-                maps.append(colours(raster(result.last_hidden_state, grid[0].tolist(), vit.spec)[0]))
+                maps.append(colours(raster(result.last_hidden_state, grid[0], vit.spec)[0]))
     save_file(tensors, output, metadata={"fused_vit": __version__, "checkpoint": checkpoint})
     out.print(f"{len(images)} images to {output} ({vit.backend} on {vit.device})", highlight=False, soft_wrap=True)
     if pca is not None:
@@ -185,8 +189,7 @@ def check(
 
     vit = load(checkpoint, device=device, dtype=_torch(dtype), revision=revision)
     tower = hf_tower(Checkpoint.open(checkpoint, revision=revision), vit.device)
-    merge = vit.spec.merger.size
-    grid = [[t, h * merge, w * merge] for t, h, w in CHECKED]
+    grid = checked_grid(vit.spec)
     peer = Peer(tower, vit, random_call(vit, grid), grid)
     rows = peer.outputs()
     good = all(row.ok for row in rows)
@@ -206,6 +209,12 @@ def check(
     if not good:
         raise FusedVitError("every step is right, but an output of the whole call is not: suspect the graphs")
     out.print("same as Hugging Face, at every step")
+
+
+def checked_grid(spec: TowerSpec) -> list[list[int]]:
+    """CHECKED in this tower's patches, clips no longer than it takes."""
+    frames = spec.position.frames if spec.position and spec.position.frames else max(t for t, _, _ in CHECKED)
+    return [[min(t, frames), h * spec.merge, w * spec.merge] for t, h, w in CHECKED]
 
 
 def _between(vit: FusedViT, walked: list[Any], bad: int) -> str:

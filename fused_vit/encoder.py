@@ -6,22 +6,26 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 
 from .buckets import Bucket, as_buckets, choose, ladder
 from .errors import InputError
 from .executor import define, launch
 from .graphs import BucketGraph, capture
+from .layouts import choose_layout
 from .output import VisionOutput
 from .packing import Item, items, split, table
-from .plan import Plan, build_plan
-from .spec import TowerSpec
-from .towers import find_tower, parse_config
+from .plan import Buffer, Dim, Plan, build_plan
+from .spec import PoolSpec, TowerSpec
+from .towers import Tower, find_tower, parse_config
 from .weights.checkpoint import Checkpoint
-from .weights.pack import pack_tower
+from .weights.pack import Read, pack_tower
+from .weights.read import check_module, reader
 from .workspace import Workspace
 
 logger = logging.getLogger("fused_vit")
@@ -38,6 +42,7 @@ def load(
     buckets: Buckets | None = None,
     max_tokens: int = 16384,
     revision: str | None = None,
+    projector: bool = False,
 ) -> FusedViT:
     """A tower from a checkpoint: a folder, a .safetensors file with config.json beside it, or a hub id.
 
@@ -49,17 +54,32 @@ def load(
         buckets: sizes to capture, as tokens or (tokens, segments); default powers of two up to max_tokens.
         max_tokens: patches of the largest default bucket.
         revision: of a hub id.
+        projector: run the model's own projector behind the tower too (Kimi-VL, Kimi-K2.5).
 
     Raises:
         SpecError: the config describes no supported tower. CheckpointError: the files do not hold it.
     """
     checkpoint = Checkpoint.open(path, revision=revision)
-    tower, spec = find_tower(checkpoint.config), parse_config(checkpoint.config)
-    tensors = checkpoint.tower(tower.prefixes, tower.expected(spec))
+    tower, spec = find_tower(checkpoint.config), parse_config(checkpoint.config, projector=projector)
     place = _device(device)
-    kept = dtype or (torch.float32 if place.type == "cpu" else tensors[tower.name("merger.fc1.weight")].dtype)
-    weights = pack_tower(spec, lambda part, i: tensors[tower.name(part, i)], dtype=_checked(kept), device=place)
-    return FusedViT(spec, weights, buckets=buckets, max_tokens=max_tokens)
+    read, stored = read_tower(checkpoint, tower, spec)
+    kept = dtype or (torch.float32 if place.type == "cpu" else stored)
+    return FusedViT(
+        spec, pack_tower(spec, read, dtype=_checked(kept), device=place), buckets=buckets, max_tokens=max_tokens
+    )
+
+
+def read_tower(checkpoint: Checkpoint, tower: Tower, spec: TowerSpec) -> tuple[Read, torch.dtype]:
+    """What reads a checkpoint's tower by part, and the dtype of its weights. Raises CheckpointError before reading."""
+    layout = choose_layout(tower.layouts, spec, checkpoint.files)
+    tensors = checkpoint.tower(layout.prefixes, layout.expected(spec), layout.unused)
+    stored = tensors[layout.names_of("patch_embed.weight")[0]].dtype
+    read = reader(layout, spec, tensors)
+    if not (isinstance(spec.merger, PoolSpec) and spec.merger.projector and tower.projector):
+        return read, stored
+    behind = tower.projector.layout
+    read_behind = reader(behind, spec, checkpoint.tower(behind.prefixes, behind.expected(spec)))
+    return lambda part, i: (read_behind if behind.has(part) else read)(part, i), stored
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -71,10 +91,81 @@ def _device(device: torch.device | str | None) -> torch.device:
     return place
 
 
+def _count(dim: Dim, pack: Sequence[Item]) -> int:
+    """Rows of an output that a pack fills."""
+    return sum(item.merged if dim == "merged" else item.rows for item in pack)
+
+
+def flatten_call(spec: TowerSpec, pixels: torch.Tensor, grid: Grid | None) -> tuple[torch.Tensor, list[list[int]]]:
+    """pixel_values as [patches, features], and the grid as lists of (t, h, w), of any call that FusedViT takes."""
+    if grid is None:
+        return patches_of_images(spec, pixels)
+    p, shape = spec.patch, tuple(pixels.shape)
+    frames = (p.temporal,) if p.temporal > 1 else ()
+    patch = (p.channels, *frames, p.size, p.size)
+    if shape[-len(patch) :] == patch:
+        shape = (*shape[: -len(patch)], p.features)
+    if len(shape) == 3 and shape[0] == 1 and p.order == "raster":  # such processors keep a batch of one
+        shape = shape[1:]
+    if len(shape) != 2 or shape[1] != p.features:
+        raise InputError(
+            f"pixel_values has shape {list(pixels.shape)}; expected [patches, {p.features}] "
+            f"({p.channels} channels x {p.temporal} frames x {p.size} x {p.size}, as the processor lays them out)"
+        )
+    return pixels.reshape(shape), read_grid(grid, (2, 3) if p.temporal == 1 else (3,))
+
+
+def read_grid(grid: Grid, columns: tuple[int, ...] = (3,)) -> list[list[int]]:
+    """The grid as lists of (t, h, w); where two columns are allowed, they are (h, w) of stills."""
+    if isinstance(grid, torch.Tensor):
+        if grid.is_floating_point() or grid.is_complex() or grid.dtype == torch.bool:
+            raise InputError(f"grid_thw is {grid.dtype}; expected integers")
+        shape, rows = tuple(grid.shape), grid
+    else:
+        try:
+            rows = torch.tensor([list(row) for row in grid])
+        except (TypeError, ValueError) as error:
+            raise InputError(f"grid_thw is {grid!r}; expected [images, 3] integers (t, h, w)") from error
+        shape = tuple(rows.shape)
+        if rows.is_floating_point() and rows.numel():
+            raise InputError("grid_thw holds fractions; expected integers")
+    if len(shape) != 2 or shape[1] not in columns:
+        raise InputError(
+            f"grid_thw has shape {list(shape)}; expected [images, 3] of (frames, height, width) in patches"
+        )
+    values: list[list[int]] = rows.tolist()
+    return values if shape[1] == 3 else [[1, *row] for row in values]
+
+
+def patches_of_images(spec: TowerSpec, images: torch.Tensor) -> tuple[torch.Tensor, list[list[int]]]:
+    """Whole images [images, channels, height, width] as raster patches [patches, features], and their grid."""
+    p = spec.patch
+    if p.order != "raster" or p.temporal != 1:
+        raise InputError("grid_thw is missing; expected [images, 3] of (frames, height, width) in patches")
+    if images.ndim != 4 or images.shape[1] != p.channels or images.shape[2] % p.size or images.shape[3] % p.size:
+        raise InputError(
+            f"pixel_values has shape {list(images.shape)} and there is no grid_thw; expected whole images "
+            f"[images, {p.channels}, height, width], sides multiples of {p.size}, or patches and their grid"
+        )
+    patches = rearrange(images, "b c (h p) (w q) -> (b h w) (c p q)", p=p.size, q=p.size)
+    return patches, [[1, images.shape[2] // p.size, images.shape[3] // p.size]] * len(images)
+
+
 def _checked(dtype: torch.dtype) -> torch.dtype:
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype}; supported: {', '.join(map(str, DTYPES))}")
     return dtype
+
+
+def read_module(module: torch.nn.Module, tower: Tower, spec: TowerSpec) -> Read:
+    """What reads a live module's tower by part. Raises SpecError with the tensors that are not plain ones."""
+    state = {name.replace("patch_embed.linear_proj", "patch_embed.proj"): t for name, t in module.state_dict().items()}
+    layout = choose_layout(tower.layouts, spec, state)
+    expected = layout.expected(spec)
+    prefix = max(layout.prefixes, key=lambda prefix: sum(prefix + name in state for name in expected))
+    tensors = {name: state[prefix + name] for name in expected if prefix + name in state}
+    check_module(type(module).__name__, expected, tensors)
+    return reader(layout, spec, tensors)
 
 
 class FusedViT:
@@ -91,10 +182,12 @@ class FusedViT:
         """From a spec and packed weights (weights.pack); `load` and `from_module` make both."""
         self.spec = spec
         self.weights = dict(weights)
-        weight = weights["merger.fc1.weight"]
+        weight = weights["patch_embed.weight"]
         self.dtype, self.device = weight.dtype, weight.device
-        self.buckets = as_buckets(buckets) if buckets is not None else ladder(max_tokens)
+        per_segment = 32 if spec.attention.windows else 64  # windows are smaller than 64 patches at the edges
+        self.buckets = as_buckets(buckets) if buckets is not None else ladder(max_tokens, per_segment)
         self._plan = build_plan(spec)
+        self._outputs = self._plan.output_buffers()
         self._graphs: dict[Bucket, BucketGraph] = {}
         self._workspace: Workspace | None = None
         self._oversize: Workspace | None = None
@@ -113,20 +206,18 @@ class FusedViT:
         dtype: torch.dtype | None = None,
         buckets: Buckets | None = None,
         max_tokens: int = 16384,
+        hidden_state: bool = False,
     ) -> FusedViT:
-        """From a loaded Hugging Face tower; its parameters are read, not changed. Raises SpecError if unsupported."""
+        """From a loaded Hugging Face tower; its parameters are read, not changed.
+
+        hidden_state: return the last block's output too, where a final norm follows it.
+        Raises SpecError if unsupported, wrapped by adapters, quantized or offloaded.
+        """
         config: dict[str, Any] = module.config.to_dict()  # type: ignore[operator,union-attr]
         tower, spec = find_tower(config), parse_config(config)
-        state = {
-            name.replace("patch_embed.linear_proj", "patch_embed.proj"): t for name, t in module.state_dict().items()
-        }
-        shapes = tower.expected(spec)
-
-        def read(part: str, i: int) -> torch.Tensor:
-            name = tower.name(part, i)
-            tensor: torch.Tensor = state[name].reshape(shapes[name])
-            return tensor
-
+        if hidden_state and spec.final_norm:
+            spec = replace(spec, hidden_state=True)
+        read = read_module(module, tower, spec)
         parameter = next(module.parameters())
         place = _device(device if device is not None else parameter.device)
         weights = pack_tower(spec, read, dtype=_checked(dtype or parameter.dtype), device=place)
@@ -182,13 +273,16 @@ class FusedViT:
         return self
 
     @torch.no_grad()
-    def __call__(self, pixel_values: torch.Tensor, grid_thw: Grid) -> VisionOutput:
+    def __call__(self, pixel_values: torch.Tensor, grid_thw: Grid | None = None) -> VisionOutput:
         """Encode packed images.
 
         Args:
-            pixel_values: [patches, channels * temporal * size * size], floating point, on the encoder's device.
-            grid_thw: [images, 3] frames, height and width in patches; a tensor on any device, or nested lists.
-                On the GPU it costs one small read; on the CPU the call does not synchronise.
+            pixel_values: [patches, channels * temporal * size * size] in the processor's row order, or any shape of
+                more dims with as many numbers a patch, such as [patches, channels, size, size]; floating point, on the
+                encoder's device. Without a grid: whole images [images, channels, height, width].
+            grid_thw: [images, 3] frames, height and width in patches ([images, 2] without frames, where a patch has but
+                one); a tensor on any device, or nested lists. On the GPU it costs one small read; on the CPU the call
+                does not synchronise.
 
         Returns:
             VisionOutput in the encoder's dtype; fresh tensors that no later call touches.
@@ -198,73 +292,57 @@ class FusedViT:
         """
         if not self.weights:
             raise InputError("this encoder was closed; load it again")
-        self._check_pixels(pixel_values)
-        all_items = items(self.spec, self._read_grid(grid_thw), pixel_values.shape[0])
-        self._counts.update(calls=1, images=len(all_items), rows=pixel_values.shape[0])
+        self._check_tensor(pixel_values)
+        pixels, grid = flatten_call(self.spec, pixel_values, grid_thw)
+        all_items = items(self.spec, grid, pixels.shape[0])
+        self._counts.update(calls=1, images=len(all_items), rows=pixels.shape[0])
         if self.device.type == "cpu":
-            outputs = define(self._plan, self.weights, pixel_values.to(self.dtype), all_items)
+            outputs = define(self._plan, self.weights, pixels.to(self.dtype), all_items)
         else:
-            outputs = self._run(pixel_values, all_items)
-        merged = tuple(item.rows // self.spec.merger.patches for item in all_items)
-        return VisionOutput(outputs[0], outputs[1], outputs[2:], merged)
+            outputs = self._run(pixels, all_items)
+        deepstack = [t for t in outputs[2 : 2 + len(self.spec.deepstack)] if t is not None]
+        hidden = outputs[-1] if self.spec.hidden_state else None
+        merged, rows = tuple(item.merged for item in all_items), tuple(item.rows for item in all_items)
+        assert outputs[0] is not None, "every tower has a last_hidden_state"
+        return VisionOutput(outputs[0], outputs[1], deepstack, merged, rows, hidden)
 
-    def _check_pixels(self, pixels: torch.Tensor) -> None:
-        features = self.spec.patch.features
+    def _check_tensor(self, pixels: torch.Tensor) -> None:
         if not isinstance(pixels, torch.Tensor):
+            features = self.spec.patch.features
             raise InputError(f"pixel_values is {type(pixels).__name__}; expected a tensor [patches, {features}]")
-        if pixels.ndim != 2 or pixels.shape[1] != features:
-            p = self.spec.patch
-            raise InputError(
-                f"pixel_values has shape {list(pixels.shape)}; expected [patches, {features}] "
-                f"({p.channels} channels x {p.temporal} frames x {p.size} x {p.size}, as the processor lays them out)"
-            )
         if not pixels.is_floating_point():
             raise InputError(f"pixel_values is {pixels.dtype}; expected floating point, normalised by the processor")
         if pixels.device != self.device:
             raise InputError(f"pixel_values is on {pixels.device}; the encoder is on {self.device}: move it there")
 
-    def _read_grid(self, grid: Grid) -> list[list[int]]:
-        if isinstance(grid, torch.Tensor):
-            if grid.is_floating_point() or grid.is_complex() or grid.dtype == torch.bool:
-                raise InputError(f"grid_thw is {grid.dtype}; expected integers")
-            shape, rows = tuple(grid.shape), grid
-        else:
-            try:
-                rows = torch.tensor([list(row) for row in grid])
-            except (TypeError, ValueError) as error:
-                raise InputError(f"grid_thw is {grid!r}; expected [images, 3] integers (t, h, w)") from error
-            shape = tuple(rows.shape)
-            if rows.is_floating_point() and rows.numel():
-                raise InputError("grid_thw holds fractions; expected integers")
-        if len(shape) != 2 or shape[1] != 3:
-            raise InputError(
-                f"grid_thw has shape {list(shape)}; expected [images, 3] of (frames, height, width) in patches"
-            )
-        values: list[list[int]] = rows.tolist()
-        return values
-
-    def _run(self, pixels: torch.Tensor, all_items: list[Item]) -> list[torch.Tensor]:
-        spec, rows = self.spec, pixels.shape[0]
-        merged = rows // spec.merger.patches
-        widths = [spec.merger.out] * (1 + len(spec.deepstack))
+    def _run(self, pixels: torch.Tensor, all_items: list[Item]) -> list[torch.Tensor | None]:
+        """Every pack through its graph, its results into fresh tensors."""
+        outputs = [
+            None if buffer is None else self._empty(_count(buffer.shape[0], all_items), buffer)
+            for buffer in self._outputs
+        ]
         with self._lock, torch.cuda.device(self.device):
             self._wait_turn()
-            outputs = [torch.empty(rows, spec.width, dtype=self.dtype, device=self.device)]
-            outputs += [torch.empty(merged, width, dtype=self.dtype, device=self.device) for width in widths]
             begin = 0
+            filled = [0] * len(outputs)
             for pack in split(all_items, self.buckets[-1]):
-                count = sum(item.rows for item in pack)
+                count = sum(item.pixel_rows for item in pack)
                 buffers = self._run_pack(pixels[begin : begin + count], pack)
-                for name, output in zip(self._plan.outputs, outputs, strict=True):
-                    scale = rows // len(output)
-                    output[begin // scale : (begin + count) // scale].copy_(buffers[name][: count // scale])
                 begin += count
+                for k, (buffer, output) in enumerate(zip(self._outputs, outputs, strict=True)):
+                    if buffer is not None and output is not None:
+                        n = _count(buffer.shape[0], pack)
+                        output[filled[k] : filled[k] + n].copy_(buffers[buffer.name][:n])
+                        filled[k] += n
             self._end_turn()
         return outputs
 
+    def _empty(self, rows: int, buffer: Buffer) -> torch.Tensor:
+        return torch.empty(rows, *(int(dim) for dim in buffer.shape[1:]), dtype=self.dtype, device=self.device)
+
     def _run_pack(self, pixels: torch.Tensor, pack: list[Item]) -> Mapping[str, torch.Tensor]:
         """Run one pack through the graph of its bucket, or by plain launches where it is larger than any."""
-        rows, segments = len(pixels), sum(item.segments for item in pack)
+        rows, segments = sum(item.rows for item in pack), sum(item.segments for item in pack)
         bucket = choose(self.buckets, rows, segments)
         if bucket is not None:
             graph = self._graph(bucket)
@@ -281,9 +359,9 @@ class FusedViT:
         return buffers
 
     def _fill(self, buffers: Mapping[str, torch.Tensor], pixels: torch.Tensor, pack: list[Item]) -> None:
-        integers = torch.tensor(table(pack, self.spec.merger.size, self.tile), dtype=torch.int32)
+        integers = torch.tensor(table(pack, self.tile), dtype=torch.int32)
         buffers["table"][: len(integers)].copy_(integers, non_blocking=True)  # pageable: staged before the call returns
-        buffers["pixels"][: len(pixels)].copy_(pixels)
+        buffers["pixels"][: len(pixels), : pixels.shape[1]].copy_(pixels)
 
     def _graph(self, bucket: Bucket) -> BucketGraph:
         if bucket not in self._graphs:

@@ -19,21 +19,22 @@ def trace(
     """Run the definition step by step, yielding each step with all buffers after it."""
     from .kernels.ops import OPS
 
-    integers = table(pack, plan.spec.merger.size, WHOLE_SEGMENT)
-    buffers = {"table": torch.tensor(integers, dtype=torch.int32, device=pixels.device), "pixels": pixels}
+    integers = torch.tensor(table(pack, WHOLE_SEGMENT), dtype=torch.int32, device=pixels.device)
+    buffers = {"table": integers, "pixels": pixels}
     for step in plan.steps:
         options = dict(step.options, tile=WHOLE_SEGMENT) if step.op == "unfold" else dict(step.options)
         written = OPS[step.op].ref(*_inputs(step, buffers, weights), **options)
-        buffers.update(zip(step.writes, written if isinstance(written, tuple) else (written,), strict=True))
+        results = zip(step.writes, written if isinstance(written, tuple) else (written,), strict=True)
+        buffers.update((name, tensor) for name, tensor in results if name)
         yield step, buffers
 
 
-def define(plan: Plan, weights: Tensors, pixels: torch.Tensor, pack: Sequence[Item]) -> list[torch.Tensor]:
-    """The plan's outputs by torch: pixels [rows, features] in the weights' dtype, on any device."""
+def define(plan: Plan, weights: Tensors, pixels: torch.Tensor, pack: Sequence[Item]) -> list[torch.Tensor | None]:
+    """The plan's outputs by torch: pixels [rows, features] in the weights' dtype, on any device. None: has none."""
     buffers: dict[str, torch.Tensor] = {}
     for _, buffers in trace(plan, weights, pixels, pack):  # noqa: B007
         pass
-    return [buffers[name] for name in plan.outputs]
+    return [buffers.get(name) for name in plan.outputs]
 
 
 def launch(plan: Plan, weights: Tensors, buffers: Tensors, tile: int) -> None:
@@ -50,7 +51,8 @@ def launch_step(step: Step, weights: Tensors, buffers: Tensors, tile: int) -> No
         options["tile"] = tile
     if step.count is not None:
         options["count"] = buffers["table"][step.count :]
-    OPS[step.op].launch(*(buffers[name] for name in step.writes), *_inputs(step, buffers, weights), **options)
+    written = [buffers[name] if name else None for name in step.writes]
+    OPS[step.op].launch(*written, *_inputs(step, buffers, weights), **options)
 
 
 def _inputs(step: Step, buffers: Tensors, weights: Tensors) -> list[torch.Tensor | None]:

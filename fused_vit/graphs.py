@@ -10,7 +10,7 @@ import torch
 
 from .buckets import Bucket
 from .executor import launch
-from .packing import Item, table
+from .packing import items, table
 from .plan import Plan
 from .workspace import Workspace
 
@@ -35,8 +35,9 @@ def capture(plan: Plan, weights: Mapping[str, torch.Tensor], workspace: Workspac
     """
     start = time.perf_counter()
     buffers = workspace.buffers(bucket)
-    merge = plan.spec.merger.size
-    smallest = torch.tensor(table([Item(1, merge, merge, 1)], merge, workspace.tile), dtype=torch.int32)
+    merge = plan.spec.merge
+    pack = items(plan.spec, [[1, merge, merge]], merge * merge)
+    smallest = torch.tensor(table(pack, workspace.tile), dtype=torch.int32)
     buffers["table"][: len(smallest)].copy_(smallest)
     buffers["pixels"][: merge * merge].zero_()
     launch(plan, weights, buffers, workspace.tile)

@@ -15,40 +15,48 @@ PIXELS = {"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096}
 
 def processor(spec: TowerSpec, source: str | Path, *, revision: str | None = None) -> Any:
     """The image processor that `source` names in its preprocessor_config.json, or Qwen3-VL's where it has none."""
-    cls = _processor_class()
     place = Path(source).expanduser()
-    if place.is_file():
-        place = place.parent
-    try:
-        if place.is_dir():
-            found = cls.from_pretrained(place) if (place / "preprocessor_config.json").is_file() else None
-        else:
-            found = cls.from_pretrained(str(source), revision=revision)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: its preprocessor_config.json cannot be read ({error})") from error
-    p, merge = spec.patch, spec.merger.size
-    if found is None:
-        found = cls(
+    place = place.parent if place.is_file() else place
+    p, merge = spec.patch, spec.merge
+    if place.is_dir() and not (place / "preprocessor_config.json").is_file():
+        return _processor_class("Qwen2VLImageProcessor")(
             patch_size=p.size, temporal_patch_size=p.temporal, merge_size=merge,
             image_mean=MEAN, image_std=STD, size=dict(PIXELS),
         )  # fmt: skip
-    got = (found.patch_size, found.temporal_patch_size, found.merge_size)
-    if got != (p.size, p.temporal, merge):
+    try:
+        from transformers.image_processing_base import ImageProcessingMixin
+
+        home = place if place.is_dir() else str(source)
+        fields, _ = ImageProcessingMixin.get_image_processor_dict(home, revision=revision)
+        found = _processor_class(fields.get("image_processor_type", "Qwen2VLImageProcessor")).from_dict(fields)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}: its preprocessor_config.json cannot be read ({error})") from error
+    expected = {"patch_size": p.size, "temporal_patch_size": p.temporal, "merge_size": merge}
+    got = {name: getattr(found, name, value) for name, value in expected.items()}
+    if got != expected:
         raise CheckpointError(
-            f"{source}: preprocessor_config.json has patch_size, temporal_patch_size, merge_size {got}; "
-            f"config.json says {(p.size, p.temporal, merge)}: take both from one release"
+            f"{source}: preprocessor_config.json has {got}; config.json says {expected}: take both from one release"
         )
     return found
 
 
-def _processor_class() -> Any:
+def call_of(batch: Any) -> tuple[Any, Any]:
+    """pixel_values and the grid, whatever the processor calls it; None where images are whole."""
+    names = ("image_grid_thw", "grid_thws", "image_grid_hws")
+    return batch["pixel_values"], next((batch[name] for name in names if name in batch), None)
+
+
+def _processor_class(name: str) -> Any:
+    """transformers 5 calls the PIL form ...Pil; in 4.57 it is the plain name, and ...Fast the other."""
     try:
         import transformers
-
-        # transformers 5 calls it ...Pil; in 4.57 the plain name is the PIL form
-        return getattr(transformers, "Qwen2VLImageProcessorPil", None) or transformers.Qwen2VLImageProcessor
     except ImportError as error:
         raise ImportError(f"images need transformers and pillow: pip install 'fused-vit[hf]' ({error})") from error
+    plain = name.removesuffix("Fast").removesuffix("Pil")
+    found = getattr(transformers, f"{plain}Pil", None) or getattr(transformers, plain, None)
+    if found is None:
+        raise ValueError(f"transformers {transformers.__version__} has no {plain}")
+    return found
 
 
 def read_image(path: str | Path) -> Any:

@@ -7,32 +7,64 @@ on the device by kernels.unfold from this table.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .buckets import Bucket
 from .errors import InputError
-from .spec import TowerSpec
+from .spec import PoolSpec, TowerSpec
 
-HEADER = 8  # rows, merged rows, images, segments, attention tiles, 3 unused
-FIELDS = 8  # frames t, height h, width w, first row, first segment, frames per segment, first tile, 1 unused
+HEADER = 8  # rows, merged rows, images, attention tiles, windows, 3 unused
+FIELDS = 9  # frames t, height h, width w, first: row, patch, merged row; frames per segment, first: tile, window
+ROWS, MERGED, IMAGES, TILES, WINDOWS = range(5)
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Some frames of one image or clip that run together. `rows` counts patches."""
+    """Some frames of one image or clip that run together; h and w count patches.
+
+    extra: rows of a frame beside its patches (a class token); windows: of a frame, 0 without windowed attention;
+    patches: of a merged row; pooled: frames that share merged rows (1, or t where merged rows are means over a clip).
+    """
 
     t: int
     h: int
     w: int
-    frames_per_segment: int
+    frames_per_segment: int = 1
+    extra: int = 0
+    windows: int = 0
+    patches: int = 4
+    pooled: int = 1
+
+    @property
+    def frame_rows(self) -> int:
+        return self.h * self.w + self.extra
 
     @property
     def rows(self) -> int:
+        """Rows that run: patches and class tokens."""
+        return self.t * self.frame_rows
+
+    @property
+    def pixel_rows(self) -> int:
         return self.t * self.h * self.w
 
     @property
+    def merged(self) -> int:
+        return self.pixel_rows // self.patches // self.pooled
+
+    @property
     def segments(self) -> int:
-        return self.t // self.frames_per_segment
+        """Attention segments; of the smallest kind that the tower has."""
+        return self.t // self.frames_per_segment * max(self.windows, 1)
+
+    def pairs(self, windowed: bool, side: int = 0) -> int:
+        """Query-key pairs of one head: a measure of attention's work."""
+        if not windowed:
+            return self.t * self.frames_per_segment * self.frame_rows**2
+        high, wide = (
+            sum(min(side, n - at) ** 2 for at in range(0, n, side)) for n in (self.h, self.w)
+        )  # windows' sides, squared
+        return self.t * high * wide
 
 
 def items(spec: TowerSpec, grid: Sequence[Sequence[int]], rows: int) -> list[Item]:
@@ -40,9 +72,10 @@ def items(spec: TowerSpec, grid: Sequence[Sequence[int]], rows: int) -> list[Ite
 
     Raises InputError naming the image, what was got, and the remedy.
     """
-    m = spec.merger.size
+    m = spec.merge
     if not len(grid):
         raise InputError("grid_thw is empty; expected [images, 3] with at least one image")
+    frames = spec.position.frames if spec.position else 0
     for i, (t, h, w) in enumerate(grid):
         if t <= 0 or h <= 0 or w <= 0:
             raise InputError(f"image {i}: grid_thw is ({t}, {h}, {w}); expected positive frames, height and width")
@@ -51,14 +84,27 @@ def items(spec: TowerSpec, grid: Sequence[Sequence[int]], rows: int) -> list[Ite
                 f"image {i}: grid_thw is ({t}, {h}, {w}); height and width must be multiples of the merge size {m} "
                 "(resize the image as the processor does)"
             )
+        if frames and t > frames:
+            raise InputError(
+                f"image {i}: grid_thw is ({t}, {h}, {w}); clips of this tower have at most {frames} frames "
+                "(cut longer videos into clips, as the processor does)"
+            )
     total = sum(t * h * w for t, h, w in grid)
     if total != rows:
         raise InputError(
             f"pixel_values has {rows} rows but grid_thw describes {total} patches in {len(grid)} images; "
             "pass the pixel_values and the grid of the same processor call"
         )
-    clip = spec.attention.segments == "clip"
-    return [Item(t, h, w, t if clip else 1) for t, h, w in grid]
+    clip, pool = spec.attention.segments == "clip", isinstance(spec.merger, PoolSpec)
+    return [
+        Item(t, h, w, t if clip else 1, int(spec.class_token), _windows(spec, h, w), spec.patches, t if pool else 1)
+        for t, h, w in grid
+    ]
+
+
+def _windows(spec: TowerSpec, h: int, w: int) -> int:
+    windows = spec.attention.windows
+    return -(-h // windows.side) * -(-w // windows.side) if windows else 0
 
 
 def split(all_items: Sequence[Item], largest: Bucket) -> list[list[Item]]:
@@ -70,25 +116,28 @@ def split(all_items: Sequence[Item], largest: Bucket) -> list[list[Item]]:
     packs: list[list[Item]] = [[]]
     tokens = segments = 0
     for item in all_items:
-        frame, left = item.frames_per_segment * item.h * item.w, item.segments
+        unit = replace(item, t=item.frames_per_segment)  # what cannot be cut
+        left = item.t // unit.t
         while left:
-            room = min((largest.tokens - tokens) // frame, largest.segments - segments, left)
+            room = min((largest.tokens - tokens) // unit.rows, (largest.segments - segments) // unit.segments, left)
             if room <= 0 and packs[-1]:
                 packs.append([])
                 tokens = segments = 0
                 continue
             take = max(room, 1)
-            packs[-1].append(Item(take * item.frames_per_segment, item.h, item.w, item.frames_per_segment))
-            tokens, segments, left = tokens + take * frame, segments + take, left - take
+            packs[-1].append(replace(item, t=take * unit.t))
+            tokens, segments, left = tokens + take * unit.rows, segments + take * unit.segments, left - take
     return packs
 
 
-def table(pack: Sequence[Item], merge: int, tile: int) -> list[int]:
+def table(pack: Sequence[Item], tile: int) -> list[int]:
     """The integers that the device needs: a header of counts, then FIELDS for each item. `tile` is in query rows."""
     fields: list[int] = []
-    row = segment = first_tile = 0
+    row = patch = merged = first_tile = window = 0
     for item in pack:
-        fields += [item.t, item.h, item.w, row, segment, item.frames_per_segment, first_tile, 0]
-        row, segment = row + item.rows, segment + item.segments
-        first_tile += item.segments * -(-item.frames_per_segment * item.h * item.w // tile)
-    return [row, row // (merge * merge), len(pack), segment, first_tile, 0, 0, 0, *fields]
+        per_segment = item.frames_per_segment
+        fields += [item.t, item.h, item.w, row, patch, merged, per_segment, first_tile, window]
+        row, patch, merged = row + item.rows, patch + item.pixel_rows, merged + item.merged
+        first_tile += item.t // per_segment * -(-per_segment * item.frame_rows // tile)
+        window += item.t * item.windows
+    return [row, merged, len(pack), first_tile, window, 0, 0, 0, *fields]

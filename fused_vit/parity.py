@@ -12,28 +12,35 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import nn
 
 from .buckets import Bucket
-from .encoder import FusedViT
+from .encoder import FusedViT, read_tower
 from .errors import CheckpointError
 from .executor import launch_step, trace
-from .packing import Item, items, table
+from .packing import ROWS, TILES, Item, items, table
 from .plan import Step
-from .towers import find_tower, parse_config
+from .towers import find_tower, parse_config, vision_config
 from .weights.checkpoint import Checkpoint
+from .weights.read import state_of
 from .workspace import Workspace
 
 FLOOR = 1e-5  # relative error that summing in another order may cost in fp32
 # Where Hugging Face's tower holds what a step writes: (part of the tower, its input or its output)
 _TAPS = {
     "patch_embed": ("block.norm1", "input"),
+    "patch_norm": ("block.norm1", "input"),
     "attention": ("block.proj", "input"),
     "proj": ("block.norm2", "input"),
     "fc1": ("block.fc2", "input"),
     "fc2": ("block.norm1", "input"),  # of the next block
     "deepstack.fc1": ("deepstack.fc2", "input"),
     "deepstack.fc2": ("deepstack.fc2", "output"),
+    "final_norm": ("final_norm", "output"),
+    "merger.down": ("merger.proj", "input"),
+    "merger.proj": ("merger.post_norm", "input"),
+    "merger.post_norm": ("merger.fc1", "input"),
     "merger.fc1": ("merger.fc2", "input"),
     "merger.fc2": ("merger.fc2", "output"),
 }
@@ -63,15 +70,22 @@ def hf_tower(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
     except ImportError as error:
         raise ImportError(f"comparing needs transformers: pip install 'fused-vit[hf]' ({error})") from error
     row, spec = find_tower(checkpoint.config), parse_config(checkpoint.config)
-    tensors = checkpoint.tower(row.prefixes, row.expected(spec))
+    read, _ = read_tower(checkpoint, row, spec)
     cls: Any = next((c for name in row.hf_classes if (c := getattr(transformers, name, None))), None)
     if cls is None:
-        raise ImportError(f"transformers {transformers.__version__} has no {' or '.join(row.hf_classes)}: upgrade it")
-    config = cls.config_class(**checkpoint.config.get("vision_config", checkpoint.config))
+        names = " or ".join(row.hf_classes) or f"class for {row.family}"
+        raise ImportError(f"transformers {transformers.__version__} has no {names}: there is nothing to compare with")
+    # the hub's Kimi-K2.5 has vt_hidden_size and init_pos_emb_height for what transformers calls without the beginnings
+    fields = {k.removeprefix("vt_").removeprefix("init_"): v for k, v in vision_config(checkpoint.config).items()}
+    config = cls.config_class(**fields)
     config._attn_implementation = "sdpa"
     tower: nn.Module = cls(config).float().eval().requires_grad_(False)
-    missing, unexpected = tower.load_state_dict({name: tensors[name] for name in tensors}, strict=False)
-    if missing or unexpected:
+    layout = row.layouts[0]
+    state = state_of(layout, spec, read)
+    known = set(tower.state_dict())
+    prefix = max(layout.prefixes, key=lambda prefix: sum(prefix + name in known for name in state))
+    missing, unexpected = tower.load_state_dict({prefix + name: t for name, t in state.items()}, strict=False)
+    if unexpected or any(not name.removeprefix(prefix).startswith(layout.unused or ("\0",)) for name in missing):
         raise CheckpointError(f"transformers' tower does not take the weights: {[*missing, *unexpected][:5]}")
     return tower.to(device)
 
@@ -116,40 +130,76 @@ class Peer:
 
     @torch.no_grad()
     def _run(self, tower: nn.Module, pixels: torch.Tensor) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-        """The tower's outputs in the plan's order, where it returns them, and what it holds at every tapped step."""
-        taps: dict[str, torch.Tensor] = {}
+        """The tower's outputs in the plan's order, where it returns them, and what it holds at every tapped step.
+
+        Image by image, frame by frame where frames do not meet: some towers refuse clips, or clips of mixed lengths.
+        """
+        taps: dict[str, list[torch.Tensor]] = {}
+        spec = self.vit.spec
         handles = [self._tap(tower, step.name, taps) for step in self.vit.plan().steps]
+        outs: list[list[torch.Tensor]] = []
+        clips = [[t, h, w] for t, h, w in self.grid]
+        if spec.attention.segments == "frame":
+            clips = [[1, h, w] for t, h, w in clips for _ in range(t)]
         try:
             with exact_fp32():
-                out = tower(pixels, grid_thw=torch.tensor(self.grid, device=pixels.device))
+                for part, grid in zip(pixels.split([t * h * w for t, h, w in clips]), clips, strict=True):
+                    out = self._call(tower, part, grid)
+                    if isinstance(out, (tuple, torch.Tensor)):  # transformers 4: merged, and deepstack if there is any
+                        merged, deepstack = out if isinstance(out, tuple) else (out, [])
+                        outs.append([taps[self._last()][-1], merged, *deepstack])
+                    else:
+                        found = [out.last_hidden_state, out.pooler_output, *(out.get("deepstack_features") or [])]
+                        outs.append([t for t in found if t is not None])
         finally:
             for handle in handles:
                 if handle is not None:
                     handle.remove()
-        if isinstance(out, tuple):  # transformers 4.57: (pooled, deepstack features)
-            last = taps[self._last_block()]
-            return [last, out[0], *out[1]], taps
-        return [out.last_hidden_state, out.pooler_output, *(out.deepstack_features or [])], taps
+        joined = [torch.cat([t.flatten(0, -2) for t in column]) for column in zip(*outs, strict=True)]
+        return joined, {name: torch.cat(parts) for name, parts in taps.items()}
 
-    def _last_block(self) -> str:
-        return f"block.{self.vit.spec.depth - 1}.fc2"
+    def _call(self, tower: nn.Module, pixels: torch.Tensor, grid: list[int]) -> Any:
+        """One clip in the shape that the tower's class takes: Tower.pixels."""
+        p = self.vit.spec.patch
+        kind = find_tower({"model_type": tower.config.model_type}).pixels  # type: ignore[union-attr]
+        if kind == "images":
+            image = rearrange(pixels, "(h w) (c p q) -> 1 c (h p) (w q)", h=grid[1], c=p.channels, p=p.size)
+            resized = {"interpolate_pos_encoding": True} if "Siglip" in type(tower).__name__ else {}
+            return tower(image, **resized)
+        if kind == "patches":
+            pixels = pixels.view(-1, p.channels, p.size, p.size)
+        elif kind == "batch":
+            pixels = pixels.view(1, -1, p.channels, p.size, p.size)
+        return tower(pixels, grid_thw=torch.tensor([grid], device=pixels.device))
 
-    def _tap(self, tower: nn.Module, step: str, taps: dict[str, torch.Tensor]) -> Any:
+    def _last(self) -> str:
+        """The step that writes last_hidden_state."""
+        plan = self.vit.plan()
+        return next(step.name for step in reversed(plan.steps) if plan.outputs[0] in step.writes)
+
+    def _tap(self, tower: nn.Module, step: str, taps: dict[str, list[torch.Tensor]]) -> Any:
         """A hook that keeps what `step` computes, or None where Hugging Face has no such tensor."""
+        spec = self.vit.spec
+        names = find_tower({"model_type": tower.config.model_type}).layouts[0].names  # type: ignore[union-attr]
         head, _, kind = step.rpartition(".")
         place, _, number = head.partition(".")
-        found = _TAPS.get(kind if place in ("", "block") else f"{place}.{kind}")
-        if found is None:
-            return None
-        part, side = found
+        part, side = _TAPS.get(kind if place in ("", "block") else f"{place}.{kind}", ("", ""))
         i = int(number or 0) + (place == "block" and kind == "fc2")
-        if step == self._last_block():
-            part, i = "merger.norm", 0
-        names = find_tower({"model_type": tower.config.model_type}).names  # type: ignore[union-attr]
-        module = tower.get_submodule(names[part].format(i=i))
+        if step == f"block.{spec.depth - 1}.fc2":
+            part, i = "final_norm" if spec.final_norm else "merger.norm", 0
+        elif step == "patch_embed" and spec.patch.norm:
+            part = "patch_norm"
+        elif step == "merger.fc2" and spec.attention.windows:
+            return None  # Hugging Face restores the order of windows in a step of its own
+        if part not in names:
+            return None
+        found = names[part]
+        name = found if isinstance(found, str) else found[0]
+        modules = dict(tower.named_modules())
+        module = next(m for path, m in modules.items() if path.endswith(name.format(i=i)))
 
         def keep(tensor: torch.Tensor) -> None:
-            taps[step] = tensor.detach().flatten(0, -2)
+            taps.setdefault(step, []).append(tensor.detach().flatten(0, -2))
 
         if side == "input":
             return module.register_forward_pre_hook(lambda _, args: keep(args[0]))
@@ -158,8 +208,10 @@ class Peer:
     def outputs(self) -> list[Compared]:
         """The whole call: every output of the encoder."""
         out = self.vit(self.pixels, self.grid)
-        ours = [out.last_hidden_state, out.pooler_output, *out.deepstack_features]
-        names = ["last_hidden_state", "pooler_output", *(f"deepstack.{k}" for k in range(len(ours) - 2))]
+        pooled = [] if out.pooler_output is None else [out.pooler_output.flatten(0, -2)]
+        ours = [out.last_hidden_state, *pooled, *out.deepstack_features]
+        deepstack = (f"deepstack.{k}" for k in range(len(out.deepstack_features)))
+        names = ["last_hidden_state", *("pooler_output" for _ in pooled), *deepstack]
         return [
             Compared(name, relative(a, b), relative(c, b))
             for name, a, b, c in zip(names, ours, self.truth, self.rounded, strict=True)
@@ -168,10 +220,16 @@ class Peer:
     def steps(self) -> Iterator[Compared]:
         """Every step that Hugging Face has a tensor for, in order, without graphs. Consumers stop where they like."""
         pack = items(self.vit.spec, self.grid, len(self.pixels))
+        spec = self.vit.spec
+        reordered = spec.patch.order == "raster" and spec.merge > 1  # we run in blocks, Hugging Face does not
         for step, buffers in run_steps(self.vit, self.pixels, pack):
             if (true := self.true_taps.get(step.name)) is not None:
                 ours = buffers[step.writes[0]][: len(true), : true.shape[1]]  # without capacity and padding
-                yield Compared(step.name, relative(ours, true), relative(self.rounded_taps[step.name], true))
+                theirs = self.rounded_taps[step.name]
+                if reordered and step.count in (ROWS, TILES) and step.name != "final_norm":
+                    order = buffers["source"][: len(true)].long()
+                    true, theirs = true[order], theirs[order]
+                yield Compared(step.name, relative(ours, true), relative(theirs, true))
 
 
 @torch.no_grad()
@@ -183,11 +241,11 @@ def run_steps(
     if vit.device.type == "cpu":
         yield from trace(plan, vit.weights, pixels, pack)
         return
-    bucket = Bucket(len(pixels), sum(item.segments for item in pack))
+    bucket = Bucket(sum(item.rows for item in pack), sum(item.segments for item in pack))
     buffers = Workspace(plan, bucket, vit.dtype, vit.device, vit.tile).buffers(bucket)
-    integers = torch.tensor(table(pack, vit.spec.merger.size, vit.tile), dtype=torch.int32)
+    integers = torch.tensor(table(pack, vit.tile), dtype=torch.int32)
     buffers["table"][: len(integers)].copy_(integers)
-    buffers["pixels"][: len(pixels)].copy_(pixels)
+    buffers["pixels"][: len(pixels), : pixels.shape[1]].copy_(pixels)
     for step in plan.steps:
         with torch.cuda.device(vit.device):
             launch_step(step, vit.weights, buffers, vit.tile)

@@ -13,13 +13,26 @@ KEPT = 0.02  # share of patches that may clip at either end of a component's ran
 
 
 def raster(features: torch.Tensor, grid: Sequence[int], spec: TowerSpec) -> torch.Tensor:
-    """[frames, height, width, channels] of an image's rows, which the processor lays out merge block by merge block."""
+    """[frames, height, width, channels] of an image's last_hidden_state, in patches, or merged ones if it is merged."""
     t, h, w = grid
+    m, per_frame = spec.merge, len(features) // t
+    if per_frame < h * w:
+        return features.reshape(t, h // m, w // m, -1)
+    features = features.reshape(t, per_frame, -1)[:, per_frame - h * w :]  # without class tokens
     if spec.patch.order == "raster":
         return features.reshape(t, h, w, -1)
-    m = spec.merger.size
+    if spec.attention.windows:
+        order = _window_order(h // m, w // m, spec.attention.windows.side // m).to(features.device)
+        groups = features.reshape(t, len(order), -1)
+        features = torch.empty_like(groups).index_copy_(1, order, groups)
     blocks = features.reshape(t, h // m, w // m, m, m, -1)
     return blocks.permute(0, 1, 3, 2, 4, 5).reshape(t, h, w, -1)
+
+
+def _window_order(h: int, w: int, side: int) -> torch.Tensor:
+    """The blocks of a frame of h x w blocks in the order in which windows of side x side hold them."""
+    grid = torch.arange(h * w).view(h, w)
+    return torch.cat([b.flatten() for band in grid.split(side, 0) for b in band.split(side, 1)])
 
 
 def colours(features: torch.Tensor) -> torch.Tensor:

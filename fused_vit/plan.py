@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .packing import Item
-from .spec import TowerSpec
+from .packing import MERGED, ROWS, TILES, WINDOWS, Item
+from .spec import ConvMergerSpec, MergerSpec, MlpSpec, NormSpec, PoolSpec, TowerSpec
 
 PAD = 64  # depths of our own buffers are padded to this, so that no kernel masks k; weights.pack says the same
+ALIGN = 16  # rows of pixels start at multiples of this, so that they can be copied 16 bytes at a time (588 cannot)
 SUM_COLUMNS = 64
-ROWS, MERGED, TILES = 0, 1, 4  # places in the table's header where a step's row count lives
 
-Dim = int | Literal["rows", "merged", "tiles", "table"]
+Dim = int | Literal["rows", "merged", "tiles", "windows", "table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,23 +30,32 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One launch: op (a key of kernels.ops.OPS) over buffers and packed weights. count: header place of its rows."""
+    """One launch: op (a key of kernels.ops.OPS) over buffers and packed weights; "" stands for an absent one.
+
+    count: header place of its rows; matmul: useful columns and depth, for its cost.
+    """
 
     name: str
     op: str
     writes: tuple[str, ...]
     reads: tuple[str, ...]
-    weights: tuple[str | None, ...]
+    weights: tuple[str, ...]
     count: int | None
     options: tuple[tuple[str, Any], ...] = ()
+    matmul: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """outputs: the buffers of last_hidden_state, pooler_output ("" where the tower has none), deepstack features,
+
+    and, where the spec wants it, the last block's output.
+    """
+
     spec: TowerSpec
     buffers: tuple[Buffer, ...]
     steps: tuple[Step, ...]
-    outputs: tuple[str, ...]  # last_hidden_state, pooler_output, then the deepstack features in order
+    outputs: tuple[str, ...]
 
     def __str__(self) -> str:
         lines = [f"{len(self.steps)} launches over {len(self.buffers)} buffers"]
@@ -54,10 +63,14 @@ class Plan:
             lines.append(f"  {buffer.name:<12} [{', '.join(map(str, buffer.shape))}] {buffer.dtype}")
         for step in self.steps:
             options = " ".join(f"{k}={v}" for k, v in step.options)
-            lines.append(
-                f"  {step.name:<18} {', '.join(step.writes)} = {step.op}({', '.join(step.reads)}) {options}".rstrip()
-            )
+            writes, reads = (", ".join(filter(None, names)) for names in (step.writes, step.reads))
+            lines.append(f"  {step.name:<18} {writes} = {step.op}({reads}) {options}".rstrip())
         return "\n".join(lines)
+
+    def output_buffers(self) -> list[Buffer | None]:
+        """The buffer of each output, None where the tower has none."""
+        by_name = {buffer.name: buffer for buffer in self.buffers}
+        return [by_name.get(name) for name in self.outputs]
 
 
 def padded(width: int) -> int:
@@ -66,82 +79,222 @@ def padded(width: int) -> int:
 
 def build_plan(spec: TowerSpec) -> Plan:
     """The listing for a tower: unfold, patch embedding, five launches a block, two a merger."""
-    att, merge = spec.attention, spec.merger.patches
-    merged_width, centred = spec.width * merge, spec.norm.kind == "layer"
-    norm = (("eps", spec.norm.eps), ("centred", centred))
-    steps = [_unfold(spec), _patch_embed(spec)]
-    outputs = ["x", "pooled"]
+    steps = [_unfold(spec), *_patch_embed(spec)]
+    deepstack = []  # features come in the order of blocks, their mergers' names in the order of the list
     for i in range(spec.depth):
-        block = f"block.{i}"
-        heads = (("head_dim", att.head_dim), ("rotated", att.heads + att.kv_heads if spec.rope else 0))
-        steps += [
-            Step(
-                f"{block}.qkv", "qkv", ("qkv",), ("x", "sums", "cos", "sin"), _names(f"{block}.qkv", True), ROWS,
-                (*heads, *norm),
-            ),
-            Step(f"{block}.attention", "attention", ("context",), ("qkv", "tiles"), (), TILES, (("heads", att.heads),)),
-            Step(f"{block}.proj", "residual", ("x", "sums"), ("x", "context"), _names(f"{block}.proj"), ROWS),
-            Step(
-                f"{block}.fc1", "linear", ("hidden",), ("x", "sums"), _names(f"{block}.fc1", True), ROWS,
-                (("merge", 1), ("groups", 1), *norm, ("activation", spec.mlp.activation)),
-            ),
-            Step(f"{block}.fc2", "residual", ("x", "sums"), ("x", "hidden"), _names(f"{block}.fc2"), ROWS),
-        ]  # fmt: skip
+        steps += _block(spec, i)
         if i in spec.deepstack:
-            k = spec.deepstack.index(i)
-            outputs.append(f"deepstack.{k}")
-            steps += _merger(spec, f"deepstack.{k}", f"deepstack.{k}", groups=1)
-    steps += _merger(spec, "merger", "pooled", groups=merge)
-    buffers = (
+            name = f"deepstack.{spec.deepstack.index(i)}"
+            deepstack.append(name)
+            assert isinstance(spec.merger, MergerSpec), "deepstack mergers are like the last one"
+            steps += _merger(spec, spec.merger, name, "x", name, groups=1)
+    tail, last, pooled = _tail(spec)
+    steps += tail
+    touched = {name for step in steps for name in (*step.reads, *step.writes)} | {"table"}
+    buffers = tuple(buffer for buffer in _buffers(spec, deepstack) if buffer.name in touched)
+    hidden = ("x",) if spec.hidden_state else ()
+    return Plan(spec, buffers, tuple(steps), (last, pooled, *deepstack, *hidden))
+
+
+def _buffers(spec: TowerSpec, deepstack: Sequence[str]) -> list[Buffer]:
+    """Every buffer that a tower may have; build_plan keeps those that its steps touch."""
+    att, merger = spec.attention, spec.merger
+    taps = _taps(spec)
+    merged_width, out = spec.width * spec.patches, getattr(merger, "out", 0)
+    if isinstance(merger, PoolSpec):
+        out = merger.projector.out if merger.projector else 0
+    gate = padded(merger.mlp.width) if isinstance(merger, ConvMergerSpec) else 0
+    return [
         Buffer("table", ("table",), "int32"),
-        Buffer("pixels", ("rows", spec.patch.features)),
+        Buffer("pixels", ("rows", -(-spec.patch.features // ALIGN) * ALIGN)),
         Buffer("cos", ("rows", att.head_dim // 2), "float32"),
         Buffer("sin", ("rows", att.head_dim // 2), "float32"),
-        Buffer("tap_index", ("rows", 4), "int32"),
-        Buffer("tap_weight", ("rows", 4), "float32"),
+        Buffer("tap_index", ("rows", taps), "int32"),
+        Buffer("tap_weight", ("rows", taps), "float32"),
+        Buffer("source", ("rows",), "int32"),
         Buffer("tiles", ("tiles", 4), "int32"),
+        Buffer("windows", ("windows", 4), "int32"),
         Buffer("x", ("rows", spec.width)),
         Buffer("sums", (2, -(-spec.width // SUM_COLUMNS), "rows"), "float32"),
         Buffer("qkv", (att.heads + 2 * att.kv_heads, "rows", att.head_dim)),
         Buffer("context", ("rows", att.heads * att.head_dim)),
         Buffer("hidden", ("rows", padded(spec.mlp.width))),
-        Buffer("merging", ("merged", merged_width)),
-        Buffer("pooled", ("merged", spec.merger.out)),
-        *(Buffer(f"deepstack.{k}", ("merged", spec.merger.out)) for k in range(len(spec.deepstack))),
-    )
-    return Plan(spec, buffers, tuple(steps), tuple(outputs))
+        Buffer("last", ("rows", spec.width)),
+        Buffer("frames", ("merged", spec.patches, spec.width)),
+        Buffer("down", ("merged", out)),
+        Buffer("merging", ("merged", out if gate else merged_width)),
+        Buffer("gating", ("merged", gate)),
+        Buffer("pooled", ("merged", out)),
+        *(Buffer(name, ("merged", out)) for name in deepstack),
+    ]
 
 
-def _names(step: str, normed: bool = False) -> tuple[str, ...]:
+def _taps(spec: TowerSpec) -> int:
+    """Table rows that a patch reads: 4 or 16 for its place, one more for its frame."""
+    if spec.position is None:
+        return 0
+    return (4 if spec.position.mode == "bilinear" else 16) + (spec.position.frames > 0)
+
+
+def _weights(step: str, normed: bool = False) -> tuple[str, ...]:
     return (f"{step}.weight", f"{step}.bias") + ((f"{step}.colsum",) if normed else ())
 
 
+def _norm(norm: NormSpec) -> tuple[tuple[str, Any], ...]:
+    return ("eps", norm.eps), ("centred", norm.kind == "layer")
+
+
 def _unfold(spec: TowerSpec) -> Step:
-    writes = ("cos", "sin", "tap_index", "tap_weight", "tiles")
+    taps = ("tap_index", "tap_weight") if spec.position else ("", "")
+    writes = (
+        *(("cos", "sin") if spec.rope else ("", "")), *taps,
+        "source" if spec.gathers else "", "tiles", "windows" if spec.attention.windows else "",
+    )  # fmt: skip
+    windows, position = spec.attention.windows, spec.position
     options = (
-        ("merge", spec.merger.size),
+        ("merge", spec.merge),
         ("raster", spec.patch.order == "raster"),
+        ("class_token", spec.class_token),
+        ("window", windows.side if windows else 0),
         ("interleaved", spec.rope is not None and spec.rope.layout == "w_h_interleaved"),
-        ("side", spec.position.side if spec.position else 0),
+        ("side", position.side if position else 0),
+        ("align_corners", position is not None and position.align_corners),
+        ("taps", _taps(spec)),
     )
-    return Step("unfold", "unfold", writes, ("table",), ("inv_freq",), None, options)
+    return Step("unfold", "unfold", writes, ("table",), ("inv_freq",) if spec.rope else ("",), None, options)
 
 
-def _patch_embed(spec: TowerSpec) -> Step:
-    weights = (*_names("patch_embed"), "position.weight")
-    return Step("patch_embed", "patch_embed", ("x", "sums"), ("pixels", "tap_index", "tap_weight"), weights, ROWS)
-
-
-def _merger(spec: TowerSpec, name: str, output: str, groups: int) -> list[Step]:
-    """Two launches: norm + linear + GELU over merged rows, then linear. The patches of a merged row are neighbours."""
-    norm = spec.merger.norm
-    shared = (("eps", norm.eps), ("centred", norm.kind == "layer"))
-    up = (("merge", spec.merger.patches), ("groups", groups), *shared, ("activation", "gelu"))
-    down = (("merge", 1), ("groups", 0), *shared, ("activation", "none"))
-    second = (f"{name}.fc2.weight", f"{name}.fc2.bias", None)
+def _patch_embed(spec: TowerSpec) -> list[Step]:
+    """One launch; a norm between embedding and positions makes it two."""
+    source = "source" if spec.gathers else ""
+    taps = ("tap_index", "tap_weight") if spec.position else ("", "")
+    positions = "position.weight" if spec.position else ""
+    reads, weights = ("pixels", source), _weights("patch_embed")
+    matmul, features = (spec.width, spec.patch.features), (("features", spec.patch.features),)
+    name, writes = "patch_embed", ("x", "sums")
+    if spec.patch.norm is None:
+        return [Step(name, name, writes, (*reads, *taps), (*weights, positions), ROWS, features, matmul)]
+    norm_weights = (*_norm_weights("patch_norm", spec.patch.norm), positions)
+    options = (*_norm(spec.patch.norm), ("activation", "none"))
     return [
-        Step(f"{name}.fc1", "linear", ("merging",), ("x", "sums"), _names(f"{name}.fc1", True), MERGED, up),
-        Step(f"{name}.fc2", "linear", (output,), ("merging", ""), second, MERGED, down),
+        Step(name, name, writes, (*reads, "", ""), (*weights, ""), ROWS, features, matmul),
+        Step("patch_norm", "norm", writes, ("x", "", *taps), norm_weights, ROWS, options),
+    ]
+
+
+def _norm_weights(name: str, norm: NormSpec) -> tuple[str, str]:
+    return f"{name}.weight", f"{name}.bias" if norm.kind == "layer" else ""
+
+
+def _block(spec: TowerSpec, i: int) -> list[Step]:
+    att, mlp, block, norm = spec.attention, spec.mlp, f"block.{i}", _norm(spec.norm)
+    angles = ("cos", "sin") if spec.rope else ("", "")
+    gain = f"{block}.qkv.gain" if att.qk_norm else ""
+    heads = (
+        ("head_dim", att.head_dim),
+        ("rotated", att.heads + att.kv_heads if spec.rope else 0),
+        ("normed", att.heads + att.kv_heads if att.qk_norm else 0),
+        ("head_eps", att.qk_norm.eps if att.qk_norm else 0.0),
+    )
+    windowed = att.windows is not None and i not in att.windows.full
+    tiles, count = ("windows", WINDOWS) if windowed else ("tiles", TILES)
+    context = att.heads * att.head_dim
+    return [
+        Step(
+            f"{block}.qkv", "qkv", ("qkv",), ("x", "sums", *angles), (*_weights(f"{block}.qkv", True), gain), ROWS,
+            (*heads, *norm), (att.qkv_width, spec.width),
+        ),
+        Step(
+            f"{block}.attention", "attention", ("context",), ("qkv", tiles), (), count,
+            (("heads", att.heads), ("windowed", windowed)),
+        ),
+        Step(
+            f"{block}.proj", "residual", ("x", "sums"), ("x", "context"), _weights(f"{block}.proj"), ROWS, (),
+            (spec.width, context),
+        ),
+        Step(
+            f"{block}.fc1", "linear", ("hidden",), ("x", "sums", ""), _weights(f"{block}.fc1", True), ROWS,
+            _linear(1, 1, spec.norm, mlp), ((1 + mlp.gated) * mlp.width, spec.width),
+        ),
+        Step(
+            f"{block}.fc2", "residual", ("x", "sums"), ("x", "hidden"), _weights(f"{block}.fc2"), ROWS, (),
+            (spec.width, mlp.width),
+        ),
+    ]  # fmt: skip
+
+
+def _linear(
+    merge: int, groups: int, norm: NormSpec | None = None, act: MlpSpec | str = "none"
+) -> tuple[tuple[str, Any], ...]:
+    """Options of a linear step: groups of a merged row are normalised, none if 0."""
+    gated, limit = (act.gated, act.limit) if isinstance(act, MlpSpec) else (False, None)
+    return (
+        ("merge", merge), ("groups", groups), *_norm(norm or NormSpec("layer", 0.0)),
+        ("activation", act.activation if isinstance(act, MlpSpec) else act), ("gated", gated), ("limit", limit),
+    )  # fmt: skip
+
+
+def _tail(spec: TowerSpec) -> tuple[list[Step], str, str]:
+    """What follows the blocks, and the buffers of last_hidden_state and pooler_output ("": none)."""
+    last, steps = "x", []
+    if spec.final_norm:
+        last = "last"  # in the order of pixel_values, as a raster tower returns it
+        source = "source" if spec.patch.order == "raster" and spec.merge > 1 else ""
+        options = (*_norm(spec.final_norm), ("activation", "none"))
+        weights = (*_norm_weights("final_norm", spec.final_norm), "")
+        steps.append(Step("final_norm", "norm", ("last", ""), ("x", source, "", ""), weights, ROWS, options))
+    if isinstance(spec.merger, MergerSpec):
+        scatter = "source" if spec.attention.windows else ""
+        return steps + _merger(spec, spec.merger, "merger", "x", "pooled", spec.patches, scatter), last, "pooled"
+    if isinstance(spec.merger, ConvMergerSpec):
+        return steps + _conv_merger(spec, spec.merger), "down", "pooled"
+    if isinstance(spec.merger, PoolSpec):
+        projector = spec.merger.projector
+        sums, source = "sums" if projector else "", "source" if spec.gathers else ""
+        pool = (("patches", spec.patches),)
+        steps.append(Step("pool", "pool", ("frames", sums), ("last", source, "table"), (), MERGED, pool))
+        if projector is None:
+            return steps, last, "frames"
+        return steps + _merger(spec, projector, "merger", "frames", "pooled", spec.patches), last, "pooled"
+    return steps, last, ""
+
+
+def _merger(
+    spec: TowerSpec, merger: MergerSpec, name: str, x: str, output: str, groups: int, scatter: str = ""
+) -> list[Step]:
+    """Two launches: norm + linear + GELU over merged rows, then linear. The patches of a merged row are neighbours.
+
+    scatter: the order in which merged rows are stored, where it is not the order in which they run.
+    """
+    wide = spec.width * spec.patches
+    up, down = _linear(spec.patches, groups, merger.norm, "gelu"), _linear(1, 0)
+    if scatter:
+        down = (*down, ("scatter", spec.patches))
+    second = (f"{name}.fc2.weight", f"{name}.fc2.bias", "")
+    weights = _weights(f"{name}.fc1", True)
+    return [
+        Step(f"{name}.fc1", "linear", ("merging",), (x, "sums", ""), weights, MERGED, up, (wide, wide)),
+        Step(f"{name}.fc2", "linear", (output,), ("merging", "", scatter), second, MERGED, down, (merger.out, wide)),
+    ]
+
+
+def _conv_merger(spec: TowerSpec, merger: ConvMergerSpec) -> list[Step]:
+    """Five launches of GLM-4V's merger; its convolution reads merged rows as one, like any merger."""
+    wide, out, mlp = spec.width * spec.patches, merger.out, merger.mlp
+
+    def linear(name: str, y: str, x: str, options: tuple[tuple[str, Any], ...], matmul: tuple[int, int]) -> Step:
+        normed = name == "merger.down"
+        weights = _weights(name, True) if normed else (*_weights(name), "")
+        return Step(name, "linear", (y,), (x, "sums" if normed else "", ""), weights, MERGED, options, matmul)
+
+    norm = (*_norm(merger.post_norm), ("activation", "gelu"))
+    norm_weights = (*_norm_weights("merger.post_norm", merger.post_norm), "")
+    return [
+        linear("merger.down", "down", "x", _linear(spec.patches, spec.patches, merger.norm), (out, wide)),
+        linear("merger.proj", "merging", "down", _linear(1, 0), (out, out)),
+        Step("merger.post_norm", "norm", ("merging", ""), ("merging", "", "", ""), norm_weights, MERGED, norm),
+        linear("merger.fc1", "gating", "merging", _linear(1, 0, None, mlp), (2 * mlp.width, out)),
+        linear("merger.fc2", "pooled", "gating", _linear(1, 0), (out, mlp.width)),
     ]
 
 
@@ -155,32 +308,22 @@ class Cost:
 
 def cost(plan: Plan, pack: Sequence[Item], itemsize: int = 2) -> dict[str, Cost]:
     """FLOPs and bytes of each step for a pack of images: matmuls and attention counted without padding."""
-    spec = plan.spec
-    rows = sum(item.rows for item in pack)
-    merged = rows // spec.merger.patches
-    pairs = sum(item.segments * (item.rows // item.segments) ** 2 for item in pack)
-    att, wide = spec.attention, spec.width * spec.merger.patches
-    shapes = {  # rows, columns, depth of a step's matmul
-        "patch_embed": (rows, spec.width, spec.patch.features),
-        "qkv": (rows, att.qkv_width, spec.width),
-        "proj": (rows, spec.width, att.heads * att.head_dim),
-        "fc1": (rows, spec.mlp.width, spec.width),
-        "fc2": (rows, spec.width, spec.mlp.width),
-    }
+    spec, att = plan.spec, plan.spec.attention
+    rows, merged = sum(item.rows for item in pack), sum(item.merged for item in pack)
+    context = att.heads * att.head_dim
     costs = {}
     for step in plan.steps:
-        kind = step.name.rpartition(".")[2]
-        if step.count == MERGED:
-            m, n, k = merged, wide if kind == "fc1" else spec.merger.out, wide
-        elif step.op == "attention":
-            width = att.heads * att.head_dim
-            costs[step.name] = Cost(4.0 * pairs * width, itemsize * rows * (width + att.qkv_width))
-            continue
+        m = merged if step.count == MERGED else rows
+        n, k = step.matmul
+        if step.op == "attention":
+            windowed = dict(step.options)["windowed"]
+            pairs = sum(item.pairs(windowed, att.windows.side if att.windows else 0) for item in pack)
+            costs[step.name] = Cost(4.0 * pairs * context, itemsize * m * (context + att.qkv_width))
+        elif n:
+            residual = m * n if step.op == "residual" else 0
+            costs[step.name] = Cost(2.0 * m * n * k, itemsize * (m * k + n * k + m * n + residual))
         elif step.op == "unfold":
-            costs[step.name] = Cost(0.0, 4.0 * rows * (att.head_dim + 8))
-            continue
-        else:
-            m, n, k = shapes[kind]
-        residual = m * n if step.op == "residual" else 0
-        costs[step.name] = Cost(2.0 * m * n * k, itemsize * (m * k + n * k + m * n + residual))
+            costs[step.name] = Cost(0.0, 4.0 * rows * (att.head_dim + 2 * _taps(spec)))
+        else:  # norm, pool: one row in, one row out
+            costs[step.name] = Cost(0.0, 2.0 * itemsize * m * spec.width)
     return costs

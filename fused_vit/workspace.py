@@ -23,8 +23,9 @@ def shapes(plan: Plan, bucket: Bucket, tile: int) -> dict[str, tuple[int, ...]]:
     """The shape of each buffer in a bucket. A segment adds at most one attention tile that is not full."""
     sizes: Mapping[str, int] = {
         "rows": bucket.tokens,
-        "merged": bucket.tokens // plan.spec.merger.patches,
+        "merged": bucket.tokens // plan.spec.patches,
         "tiles": bucket.tokens // tile + bucket.segments,
+        "windows": bucket.segments,
         "table": HEADER + FIELDS * bucket.segments,
     }
     return {b.name: tuple(d if isinstance(d, int) else sizes[d] for d in b.shape) for b in plan.buffers}
@@ -37,7 +38,7 @@ def _lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
         for name in (*step.reads, *step.writes):
             if name:
                 spans[name] = (spans.get(name, (i, i))[0], max(i, spans.get(name, (i, i))[1]))
-    return spans | {name: (spans[name][0], len(plan.steps)) for name in plan.outputs}
+    return spans | {name: (spans[name][0], len(plan.steps)) for name in plan.outputs if name}
 
 
 def place(plan: Plan, bucket: Bucket, itemsize: int, tile: int) -> tuple[dict[str, int], int]:

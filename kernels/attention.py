@@ -16,7 +16,7 @@ import triton.language as tl
 from .config import attention_config, device_arch, precision
 
 
-def attention_ref(qkv: torch.Tensor, tiles: torch.Tensor, *, heads: int) -> torch.Tensor:
+def attention_ref(qkv: torch.Tensor, tiles: torch.Tensor, *, heads: int, windowed: bool) -> torch.Tensor:
     """[rows, heads * head_dim] from qkv [heads + 2 * kv_heads, rows, head_dim] and tiles (q0, q1, k0, k1)."""
     kv = (len(qkv) - heads) // 2
     q, k, v = qkv[:heads], qkv[heads : heads + kv], qkv[heads + kv :]
@@ -34,10 +34,12 @@ def split_head(head_dim: int) -> tuple[int, int]:
     return first, max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
-def attention(out: torch.Tensor, qkv: torch.Tensor, tiles: torch.Tensor, *, heads: int, count: torch.Tensor) -> None:
-    """Launch over the tiles that count[0] holds. out is [rows, heads * head_dim]."""
+def attention(
+    out: torch.Tensor, qkv: torch.Tensor, tiles: torch.Tensor, *, heads: int, windowed: bool, count: torch.Tensor
+) -> None:
+    """Launch over the tiles that count[0] holds, each a whole window if windowed. out is [rows, heads * head_dim]."""
     total, rows, head_dim = qkv.shape
-    c = attention_config(head_dim, qkv.dtype, device_arch(qkv.device))
+    c = attention_config(head_dim, qkv.dtype, device_arch(qkv.device), windowed)
     first, rest = split_head(head_dim)
     attention_kernel[(tiles.shape[0], heads)](
         out, qkv, tiles, count, rows,

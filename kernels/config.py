@@ -36,6 +36,7 @@ _GEMM_16BIT: dict[int, dict[str, tuple[tuple[int, GemmConfig], ...]]] = {
     80: {
         "qkv": ((1 << 30, GemmConfig(64, 128, 32, 4, 4)),),
         "linear": ((1024, GemmConfig(64, 64, 64, 4, 3)), (1 << 30, GemmConfig(128, 128, 32, 8, 4))),
+        "gated": ((1024, GemmConfig(64, 64, 64, 4, 3)), (1 << 30, GemmConfig(128, 128, 32, 8, 4))),
         "merger": ((1 << 30, GemmConfig(64, 64, 64, 4, 3)),),
         "patch_embed": ((1 << 30, GemmConfig(64, 64, 64, 4, 3)),),
         "residual": ((1024, GemmConfig(64, 64, 64, 4, 3)), (1 << 30, GemmConfig(128, 128, 32, 8, 4))),
@@ -43,8 +44,9 @@ _GEMM_16BIT: dict[int, dict[str, tuple[tuple[int, GemmConfig], ...]]] = {
     90: {
         "qkv": ((1 << 30, GemmConfig(64, 128, 64, 4, 4)),),
         "linear": ((512, GemmConfig(128, 128, 64, 8, 3)), (1 << 30, GemmConfig(128, 256, 64, 8, 3))),
+        "gated": ((512, GemmConfig(64, 128, 64, 4, 4)), (1 << 30, GemmConfig(128, 128, 64, 8, 3))),
         "merger": ((512, GemmConfig(64, 64, 64, 4, 4)), (1 << 30, GemmConfig(128, 128, 64, 8, 3))),
-        "patch_embed": ((512, GemmConfig(64, 64, 64, 4, 4)), (1 << 30, GemmConfig(64, 128, 64, 4, 4))),
+        "patch_embed": ((512, GemmConfig(64, 64, 64, 4, 4)), (1 << 30, GemmConfig(128, 128, 64, 8, 3))),
         # 128 x 128 with 4 warps is 10 % faster at 4096 rows but spills
         "residual": (
             (512, GemmConfig(64, 64, 64, 4, 4)),
@@ -55,6 +57,7 @@ _GEMM_16BIT: dict[int, dict[str, tuple[tuple[int, GemmConfig], ...]]] = {
     100: {
         "qkv": ((1 << 30, GemmConfig(64, 64, 64, 4, 4)),),
         "linear": ((1024, GemmConfig(64, 64, 64, 4, 4)), (1 << 30, GemmConfig(128, 128, 64, 8, 3))),
+        "gated": ((1024, GemmConfig(64, 64, 64, 4, 4)), (1 << 30, GemmConfig(128, 128, 64, 8, 3))),
         "merger": ((1 << 30, GemmConfig(64, 64, 64, 4, 4)),),
         "patch_embed": ((1 << 30, GemmConfig(64, 64, 64, 4, 4)),),
         "residual": ((1024, GemmConfig(64, 64, 64, 4, 4)), (1 << 30, GemmConfig(128, 128, 64, 8, 3))),
@@ -68,6 +71,7 @@ _ATTENTION_16BIT: dict[int, tuple[tuple[int, AttentionConfig], ...]] = {  # head
     100: ((96, AttentionConfig(128, 64, 8, 3)), (128, AttentionConfig(128, 64, 8, 2))),
 }
 _ATTENTION_32BIT = AttentionConfig(64, 32, 4, 1)
+_ATTENTION_WINDOW = AttentionConfig(64, 64, 4, 1)  # a window is one tile of at most 64 rows against itself
 
 
 def _generation(arch: int) -> int:
@@ -82,9 +86,11 @@ def gemm_config(op: str, rows: int, dtype: torch.dtype, arch: int) -> GemmConfig
     return next(config for most, config in _GEMM_16BIT[_generation(arch)][op] if rows <= most)
 
 
-def attention_config(head_dim: int, dtype: torch.dtype, arch: int) -> AttentionConfig:
+def attention_config(head_dim: int, dtype: torch.dtype, arch: int, windowed: bool = False) -> AttentionConfig:
     if dtype == torch.float32:
         return _ATTENTION_32BIT
+    if windowed:
+        return _ATTENTION_WINDOW
     return next(config for most, config in _ATTENTION_16BIT[_generation(arch)] if head_dim <= most)
 
 

@@ -1,4 +1,4 @@
-"""Device functions that the kernels share: the matmul main loop, row sums and moments, activations."""
+"""Device functions that the kernels share: the matmul main loop, row sums and moments, positions, activations."""
 
 from __future__ import annotations
 
@@ -26,16 +26,15 @@ def matmul_tile(
     x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * ld_x + offs_k[None, :]
     w_ptrs = w_ptr + offs_n.to(tl.int64)[None, :] * ld_w + offs_k[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, depth, BLOCK_K):
-        if EVEN_K:
-            x, w = tl.load(x_ptrs), tl.load(w_ptrs)
-        else:
-            mask_k = tl.arange(0, BLOCK_K) < depth - k
-            x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    for _ in range(depth // BLOCK_K):
+        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision=PRECISION)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
+    if not EVEN_K:  # only the last step is masked
+        mask_k = tl.arange(0, BLOCK_K) < depth % BLOCK_K
+        x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
     return acc
 
 
@@ -74,6 +73,23 @@ def store_row_sums(
 
 
 @triton.jit
+def add_positions(
+    x, tap_index_ptr, tap_weight_ptr, positions_ptr,            # fp32 [rows, columns], [capacity, TAPS], [table, width]
+    row, offs_n, mask, width, TAPS: tl.constexpr,
+):  # fmt: skip
+    """x plus each row's TAPS weighted rows of the position table, summed first and in order."""
+    if TAPS > 0:
+        position = tl.zeros(x.shape, tl.float32)
+        for tap in range(TAPS):
+            index = tl.load(tap_index_ptr + row * TAPS + tap)
+            weight = tl.load(tap_weight_ptr + row * TAPS + tap)
+            value = tl.load(positions_ptr + index[:, None] * width + offs_n[None, :], mask=mask, other=0.0)
+            position += value.to(tl.float32) * weight[:, None]
+        x += position
+    return x
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """The activation of an MLP in fp32. tanh and sigmoid go through exp2, which is one instruction."""
     if ACTIVATION == "gelu_tanh":  # 0.5 x (1 + tanh(u)) == x * sigmoid(2u)
@@ -86,3 +102,15 @@ def activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "silu":
         x = x / (1.0 + tl.exp2(-1.4426950408889634 * x))
     return x
+
+
+@triton.jit
+def glu(y, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """activation(gate) * up [BLOCK_M, BLOCK_N / 2] of adjacent columns (gate, up), clamped to LIMIT if it is not None.
+
+    A thread holds both columns of a pair, so nothing moves between threads.
+    """
+    gate, up = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N // 2, 2)))
+    if LIMIT is not None:
+        gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+    return activate(gate, ACTIVATION) * up

@@ -1,4 +1,6 @@
-"""Linear: y = activation(norm(x) @ W.T + b) with the norm folded in: an MLP's first half, and both halves of a merger.
+"""Linear: y = activation(norm(x) @ W.T + b) with the norm folded in: an MLP's first half, and the linears of a merger.
+
+A gated MLP has the rows of W in pairs (gate, up), and y = activation(gate) * up is half as wide.
 
 `merge` adjacent rows of x are read as one row (patches merge for free: their rows are neighbours). The norm is over
 each of `groups` pieces of that row: groups == merge normalises every patch, 1 the merged row, 0 nothing.
@@ -12,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .config import device_arch, gemm_config, precision, wide
-from .device import activate, matmul_tile, row_moments, tile_of
+from .device import activate, glu, matmul_tile, row_moments, tile_of
 from .qkv import moments_ref
 
 
@@ -29,6 +31,7 @@ def activate_ref(x: torch.Tensor, activation: str) -> torch.Tensor:
 def linear_ref(
     x: torch.Tensor,
     sums: torch.Tensor | None,
+    source: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
     colsum: torch.Tensor | None,
@@ -38,20 +41,36 @@ def linear_ref(
     eps: float,
     centred: bool,
     activation: str,
+    gated: bool,
+    limit: float | None,
+    scatter: int = 1,
 ) -> torch.Tensor:
-    """[rows / merge, columns] from x [rows, width], sums [2, parts, rows], weight [columns, merge * width]."""
+    """[rows / merge, columns] from x [rows, width], sums [2, parts, rows], weight [columns, merge * width].
+
+    With a source, row i is stored at source[i * scatter] / scatter: `scatter` rows of the tower became one of y.
+    """
     pieces, depth = max(groups, 1), weight.shape[1] // max(groups, 1)
     y = torch.einsum("mgk,ngk->mgn", wide(x).reshape(-1, pieces, depth), wide(weight).view(-1, pieces, depth))
     if sums is not None and colsum is not None:
         mean, rstd = (t.view(-1, pieces, 1) for t in moments_ref(sums, depth, eps, centred, merge // pieces))
         y = rstd * (y - mean * colsum)
-    return activate_ref(y.sum(1) + bias, activation).to(x.dtype)
+    y = y.sum(1) + bias
+    if gated:
+        gate, up = y.unflatten(1, (-1, 2)).unbind(-1)
+        if limit is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        y = activate_ref(gate, activation) * up
+    else:
+        y = activate_ref(y, activation)
+    y = y.to(x.dtype)
+    return y if source is None else torch.empty_like(y).index_copy_(0, source[::scatter].long() // scatter, y)
 
 
 def linear(
     y: torch.Tensor,
     x: torch.Tensor,
     sums: torch.Tensor | None,
+    source: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
     colsum: torch.Tensor | None,
@@ -61,16 +80,22 @@ def linear(
     eps: float,
     centred: bool,
     activation: str,
+    gated: bool,
+    limit: float | None,
+    scatter: int = 1,
     count: torch.Tensor,
 ) -> None:
     """Launch over the rows of y that count[0] holds."""
     rows, (columns, depth) = y.shape[0], weight.shape
-    c = gemm_config("merger" if merge > 1 else "linear", rows, x.dtype, device_arch(x.device))
+    costly = gated or activation == "gelu"  # epilogues that spill in the widest tile
+    op = "merger" if merge > 1 else "gated" if costly else "linear"
+    c = gemm_config(op, rows, x.dtype, device_arch(x.device))
     per_group = depth // max(groups, 1)
     linear_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(columns, c.block_n),)](
-        y, x, sums, weight, bias, colsum, count,
-        columns, depth, per_group, x.shape[0], eps,
+        y, x, sums, source, weight, bias, colsum, count,
+        columns, depth, per_group, 0 if sums is None else sums.shape[2], eps,
         MERGE=merge, GROUPS=groups, PARTS=0 if sums is None else sums.shape[1], CENTRED=centred, ACTIVATION=activation,
+        GATED=gated, LIMIT=limit, SCATTER=scatter,
         EVEN_K=per_group % c.block_k == 0, PRECISION=precision(x.dtype),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
@@ -78,12 +103,14 @@ def linear(
 
 @triton.jit
 def linear_kernel(
-    y_ptr,                                     # [rows, N]
+    y_ptr,                                     # [rows, N], or [rows, N / 2] if GATED
     x_ptr, sums_ptr,                           # [rows, K] (MERGE rows of the buffer in one), fp32 [2, PARTS, capacity]
+    source_ptr,                                # int32, or None: row i is stored at source[i * SCATTER] / SCATTER
     weight_ptr, bias_ptr, colsum_ptr,          # [N, K], fp32 [N], fp32 [GROUPS, N]
     count_ptr,                                 # rows at [0]
     N, K, per_group, capacity, eps,
     MERGE: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, CENTRED: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr, LIMIT: tl.constexpr, SCATTER: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -111,6 +138,12 @@ def linear_kernel(
             mean, rstd = row_moments(sums_ptr, first, capacity, per_group, eps, PARTS, MERGE // GROUPS, CENTRED)
             colsum = tl.load(colsum_ptr + group * N + column)[None, :]
             y += rstd[:, None] * (piece - mean[:, None] * colsum)
-    y = activate(y + bias, ACTIVATION).to(y_ptr.dtype.element_ty)
-    mask = mask_m[:, None] & mask_n[None, :]
-    tl.store(y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :], y, mask=mask)
+    y += bias
+    if GATED:
+        y = glu(y, ACTIVATION, LIMIT, BLOCK_M, BLOCK_N)
+        offs_n, width = tl.min(offs_n, 0) // 2 + tl.arange(0, BLOCK_N // 2), N // 2
+    else:
+        y, width = activate(y, ACTIVATION), N
+    place = offs_m if source_ptr is None else tl.load(source_ptr + row * SCATTER) // SCATTER
+    mask = mask_m[:, None] & (offs_n < width)[None, :]
+    tl.store(y_ptr + place.to(tl.int64)[:, None] * width + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)

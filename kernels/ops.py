@@ -8,7 +8,9 @@ from typing import Any
 
 from .attention import attention, attention_ref
 from .linear import linear, linear_ref
+from .norm import norm, norm_ref
 from .patch_embed import patch_embed, patch_embed_ref
+from .pool import pool, pool_ref
 from .qkv import qkv, qkv_ref
 from .residual import residual, residual_ref
 from .unfold import unfold, unfold_ref
@@ -29,4 +31,6 @@ OPS: dict[str, Op] = {
     "attention": Op(attention_ref, attention),
     "residual": Op(residual_ref, residual),
     "linear": Op(linear_ref, linear),
+    "norm": Op(norm_ref, norm),
+    "pool": Op(pool_ref, pool),
 }

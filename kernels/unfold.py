@@ -1,77 +1,153 @@
-"""Unfold: the per-image table into per-row angles and position taps, and into attention tiles. One launch a call.
+"""Unfold: the per-image table into what kernels need per row (angles, position taps, source) and per attention tile.
 
-The host sends a few integers per image; nothing per row is ever computed or copied by it.
+The host sends a few integers per image; nothing per row is ever computed or copied by it. One launch a call.
+
+Rows run frame by frame: a class token if the tower has one, then blocks of merge x merge patches, the blocks window by
+window (or, without windows, row by row). `source` says where a row is in pixel_values; -1 is a class token.
 """
 
 from __future__ import annotations
 
+import itertools
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-HEADER = 8  # table: rows, merged rows, images, segments, tiles, 3 unused; then FIELDS integers per image
-FIELDS = 8  # t, h, w, first row, first segment (unused by the kernel), frames per segment, first tile, 0
-ROWS, MERGED, IMAGES, SEGMENTS, TILES = range(5)
+HEADER = 8  # table: rows, merged rows, images, attention tiles, windows, 3 unused; then FIELDS integers per image
+FIELDS = 9  # t, h, w, first row, first patch, first merged row, frames per segment, first tile, first window
+IMAGES = 2
 BLOCK = 32
 
 
 def unfold_ref(
-    table: torch.Tensor, inv_freq: torch.Tensor, *, merge: int, raster: bool, interleaved: bool, side: int, tile: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """cos, sin [rows, head_dim / 2]; tap_index, tap_weight [rows, 4]; tiles [tiles, 4] of (q0, q1, k0, k1).
-
-    Angles: 2-D rotary embedding of Qwen2-VL (arXiv 2409.12191); taps: bilinear, align_corners (Qwen3VLVisionModel).
-    """
-    angles, index, weight, tiles = [], [], [], []
-    m = 1 if raster else merge
-    for t, h, w, row, _, per_segment, _, _ in table[HEADER:].view(-1, FIELDS)[: int(table[IMAGES])].tolist():
-        y, x = (torch.arange(n, device=table.device) for n in (h, w))
-        grid = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1)
-        frame = grid.view(h // m, m, w // m, m, 2).transpose(1, 2).reshape(h * w, 2).repeat(t, 1)
-        angle = frame[:, :, None].to(inv_freq.dtype) * inv_freq
-        angles.append(angle.flip(1).transpose(1, 2).flatten(1) if interleaved else angle.flatten(1))
-        taps, weights = zip(
-            *(_axis_taps(frame[:, i], n, side, inv_freq.dtype) for i, n in ((0, h), (1, w))), strict=True
-        )
-        index.append((taps[0][:, :, None] * side + taps[1][:, None, :]).flatten(1))
-        weight.append((weights[0][:, :, None] * weights[1][:, None, :]).flatten(1))
-        length = per_segment * h * w
-        for k0 in range(row, row + t * h * w, length):
-            tiles += [(q0, min(q0 + tile, k0 + length), k0, k0 + length) for q0 in range(k0, k0 + length, tile)]
-    angle = torch.cat(angles)
-    tile_rows = torch.tensor(tiles, dtype=torch.int32, device=table.device)
-    return angle.cos(), angle.sin(), torch.cat(index).int(), torch.cat(weight), tile_rows
-
-
-def _axis_taps(i: torch.Tensor, size: int, side: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    source = i.to(dtype) * (side - 1) / max(size - 1, 1)
-    low = source.floor()
-    taps = torch.stack([low, low + 1], 1).clamp(max=side - 1).long()
-    return taps, torch.stack([1 - (source - low), source - low], 1)
-
-
-def unfold(
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    tap_index: torch.Tensor,
-    tap_weight: torch.Tensor,
-    tiles: torch.Tensor,
     table: torch.Tensor,
-    inv_freq: torch.Tensor,
+    inv_freq: torch.Tensor | None,
     *,
     merge: int,
     raster: bool,
+    class_token: bool,
+    window: int,
     interleaved: bool,
     side: int,
+    align_corners: bool,
+    taps: int,
+    tile: int,
+) -> tuple[torch.Tensor | None, ...]:
+    """cos, sin [rows, head_dim / 2]; tap_index, tap_weight [rows, taps]; source [rows]; tiles, windows [n, 4].
+
+    A tile or window is (q0, q1, k0, k1). Angles: 2-D rotary embedding of Qwen2-VL (arXiv 2409.12191). Windows:
+    Qwen2.5-VL (arXiv 2502.13923). Taps: as torch.nn.functional.interpolate; a class token and the frames of a clip
+    have rows of their own behind the table's side * side.
+    """
+    dtype = torch.float32 if inv_freq is None else inv_freq.dtype
+    frames, sources, tiles, windows, row, patch = [], [], [], [], 0, 0
+    for t, h, w, _, _, _, per_segment, _, _ in table[HEADER:].view(-1, FIELDS)[: int(table[IMAGES])].tolist():
+        grid = torch.arange(h * w, device=table.device).view(h, w)
+        blocks = grid.view(h // merge, merge, w // merge, merge).transpose(1, 2).flatten(2)
+        place = torch.empty_like(grid).flatten()  # where pixel_values has the patch at (y, x)
+        place[grid.flatten() if raster else blocks.flatten()] = grid.flatten()
+        span = window // merge if window else max(h, w)
+        cut = [b.flatten() for band in blocks.split(span, 0) for b in band.split(span, 1)] if window else [blocks]
+        order = torch.cat([b.flatten() for b in cut])
+        for frame in range(t):
+            y, x = (F.pad(i, (int(class_token), 0)) for i in (order // w, order % w))
+            frames.append((y, x, h, w, frame if t > 1 else -1))
+            sources.append(F.pad(patch + frame * h * w + place[order], (int(class_token), 0), value=-1))
+            ends = torch.tensor([row, *(b.numel() for b in cut)]).cumsum(0).tolist()
+            windows += [(a, b, a, b) for a, b in itertools.pairwise(ends)]
+            if frame % per_segment == 0:
+                end = row + per_segment * (h * w + class_token)
+                tiles += [(q0, min(q0 + tile, end), row, end) for q0 in range(row, end, tile)]
+            row += h * w + class_token
+        patch += t * h * w
+
+    angles = index = weight = None
+    if inv_freq is not None:
+        angles = torch.cat([_angles(y, x, inv_freq, interleaved) for y, x, *_ in frames])
+    if taps:
+        pairs = [_taps(*frame, side, align_corners, taps, class_token, dtype) for frame in frames]
+        index, weight = (torch.cat(column) for column in zip(*pairs, strict=True))
+    rows = [torch.tensor(r, dtype=torch.int32, device=table.device) for r in (tiles, windows)]
+    cos, sin = (None, None) if angles is None else (angles.cos(), angles.sin())
+    return cos, sin, None if index is None else index.int(), weight, torch.cat(sources).int(), *rows
+
+
+def _angles(y: torch.Tensor, x: torch.Tensor, inv_freq: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    pair = torch.stack([y, x], 1)[:, :, None].to(inv_freq.dtype) * inv_freq
+    return pair.flip(1).transpose(1, 2).flatten(1) if interleaved else pair.flatten(1)
+
+
+def _taps(
+    y: torch.Tensor, x: torch.Tensor, h: int, w: int, frame: int,
+    side: int, align_corners: bool, taps: int, class_token: bool, dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Indices and weights [rows of a frame, taps] into the position table."""
+    n = 4 if taps >= 16 else 2
+    (rows, high), (columns, wide) = (_axis_taps(i, s, side, align_corners, n, dtype) for i, s in ((y, h), (x, w)))
+    index = (rows[:, :, None] * side + columns[:, None, :]).flatten(1)
+    weight = (high[:, :, None] * wide[:, None, :]).flatten(1)
+    if taps > n * n:  # the frame's own row; weight 0 in a clip of one frame
+        index = torch.cat([index, torch.full_like(index[:, :1], side * side + max(frame, 0))], 1)
+        weight = torch.cat([weight, torch.full_like(weight[:, :1], float(frame >= 0))], 1)
+    if class_token:  # the row behind the grid, alone
+        index[0], weight[0] = 0, 0
+        index[0, 0], weight[0, 0] = side * side, 1
+    return index, weight
+
+
+def _axis_taps(
+    i: torch.Tensor, size: int, side: int, align_corners: bool, n: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """n = 2: linear; n = 4: Keys' cubic kernel with a = -0.75."""
+    i = i.to(dtype)
+    source = i * (side - 1) / max(size - 1, 1) if align_corners else (i + 0.5) * side / size - 0.5
+    if n == 2 and not align_corners:
+        source = source.clamp(min=0)
+    low = source.floor()
+    u = source - low
+    if n == 2:
+        weights = [1 - u, u]
+    else:
+        a = -0.75
+        near = [((a + 2) * d - (a + 3)) * d * d + 1 for d in (u, 1 - u)]
+        far = [((a * d - 5 * a) * d + 8 * a) * d - 4 * a for d in (u + 1, 2 - u)]
+        weights = [far[0], *near, far[1]]
+    taps = low[:, None] + torch.arange(n, device=i.device) - n // 4
+    return taps.clamp(0, side - 1).long(), torch.stack(weights, 1)
+
+
+def unfold(
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    tap_index: torch.Tensor | None,
+    tap_weight: torch.Tensor | None,
+    source: torch.Tensor | None,
+    tiles: torch.Tensor,
+    windows: torch.Tensor | None,
+    table: torch.Tensor,
+    inv_freq: torch.Tensor | None,
+    *,
+    merge: int,
+    raster: bool,
+    class_token: bool,
+    window: int,
+    interleaved: bool,
+    side: int,
+    align_corners: bool,
+    taps: int,
     tile: int,
 ) -> None:
-    """Launch. cos, sin [rows, head_dim / 2] fp32; taps [rows, 4] int32 and fp32; tiles [tiles, 4] int32."""
+    """Launch. cos, sin [rows, head_dim / 2] fp32; taps [rows, taps] int32 and fp32; source int32; tiles [tiles, 4]."""
     images = (table.numel() - HEADER) // FIELDS
-    grid = (triton.cdiv(max(cos.shape[0], tiles.shape[0]), BLOCK),)
-    unfold_kernel[grid](
-        cos, sin, tap_index, tap_weight, tiles, table, inv_freq,
-        SIDE=side, TILE=tile, MERGE=1 if raster else merge, INTERLEAVED=interleaved,
-        FREQS=inv_freq.numel(), BLOCK_F=triton.next_power_of_2(inv_freq.numel()),
+    outputs = [t for t in (cos, tap_index, source, tiles, windows) if t is not None]
+    freqs = 0 if inv_freq is None else inv_freq.numel()
+    unfold_kernel[(triton.cdiv(max(len(t) for t in outputs), BLOCK),)](
+        cos, sin, tap_index, tap_weight, source, tiles, windows, table, inv_freq,
+        MERGE=merge, RASTER=raster, CLASS=int(class_token), WINDOW=window // merge, INTERLEAVED=interleaved,
+        SIDE=side, ALIGN_CORNERS=align_corners, TAPS=taps, TILE=tile,
+        FREQS=freqs, BLOCK_F=triton.next_power_of_2(max(freqs, 1)),
         SEARCH_STEPS=images.bit_length(), HEADER=HEADER, FIELDS=FIELDS, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
 
@@ -92,71 +168,152 @@ def find_image(
 
 
 @triton.jit
-def axis_taps(i, size, SIDE: tl.constexpr):
-    source = i.to(tl.float32) * (SIDE - 1) / tl.maximum(size - 1, 1).to(tl.float32)
-    low = tl.floor(source)
-    first = low.to(tl.int32)
-    return first, tl.minimum(first + 1, SIDE - 1), source - low
+def window_bounds(n, h, w, SPAN: tl.constexpr):
+    """First block of the n-th window of a frame of h x w blocks, its size, and where it is: windows of SPAN x SPAN."""
+    across = (w + SPAN - 1) // SPAN
+    band, column = n // across, n % across
+    high, wide = tl.minimum(SPAN, h - band * SPAN), tl.minimum(SPAN, w - column * SPAN)
+    return band * SPAN * w + column * SPAN * high, high, wide
+
+
+@triton.jit
+def block_place(block, h, w, SPAN: tl.constexpr):
+    """Row and column of the block that runs as number `block` in a frame of h x w blocks. SPAN 0: row by row."""
+    if SPAN == 0:
+        y, x = block // w, block % w
+    else:
+        band = block // (SPAN * w)
+        high = tl.minimum(SPAN, h - band * SPAN)
+        within = block - band * SPAN * w
+        column = within // (high * SPAN)
+        wide = tl.minimum(SPAN, w - column * SPAN)
+        within -= column * high * SPAN
+        y, x = band * SPAN + within // wide, column * SPAN + within % wide
+    return y, x
+
+
+@triton.jit
+def axis_source(i, size, SIDE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, CUBIC: tl.constexpr):
+    """Where in a table of SIDE entries place i of `size` lies."""
+    if ALIGN_CORNERS:
+        place = i.to(tl.float32) * (SIDE - 1) / tl.maximum(size - 1, 1).to(tl.float32)
+    else:
+        place = (i.to(tl.float32) + 0.5) * SIDE / size.to(tl.float32) - 0.5
+        if not CUBIC:
+            place = tl.maximum(place, 0.0)
+    return place
+
+
+@triton.jit
+def tap_weight(u, TAP: tl.constexpr, CUBIC: tl.constexpr):
+    """Weight of one axis's tap at distance u behind the first whole place: linear, or Keys' cubic with a = -0.75."""
+    d = tl.abs(u + (1 - TAP))
+    if not CUBIC:
+        weight = u if TAP == 1 else 1.0 - u
+    elif TAP == 1 or TAP == 2:
+        weight = (1.25 * d - 2.25) * d * d + 1.0
+    else:
+        weight = ((-0.75 * d + 3.75) * d - 6.0) * d + 3.0
+    return weight
 
 
 @triton.jit
 def unfold_kernel(
-    cos_ptr, sin_ptr,                          # [rows, 2 * FREQS] fp32
-    tap_index_ptr, tap_weight_ptr,             # [rows, 4] int32, fp32
-    tiles_ptr,                                 # [tiles, 4] int32
+    cos_ptr, sin_ptr,                          # [rows, 2 * FREQS] fp32, or None
+    tap_index_ptr, tap_weight_ptr,             # [rows, TAPS] int32, fp32, or None
+    source_ptr,                                # [rows] int32, or None
+    tiles_ptr, windows_ptr,                    # [tiles, 4] int32; None without windows
     table_ptr, inv_freq_ptr,                   # int32, fp32 [FREQS]
-    SIDE: tl.constexpr, TILE: tl.constexpr, MERGE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    MERGE: tl.constexpr, RASTER: tl.constexpr, CLASS: tl.constexpr, WINDOW: tl.constexpr, INTERLEAVED: tl.constexpr,
+    SIDE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, TAPS: tl.constexpr, TILE: tl.constexpr,
     FREQS: tl.constexpr, BLOCK_F: tl.constexpr, SEARCH_STEPS: tl.constexpr,
     HEADER: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    rows, images, tiles = tl.load(table_ptr), tl.load(table_ptr + 2), tl.load(table_ptr + 4)
+    rows, images, tiles, windows = (
+        tl.load(table_ptr), tl.load(table_ptr + 2), tl.load(table_ptr + 3), tl.load(table_ptr + 4)
+    )  # fmt: skip
 
-    # rows: where in its frame is row i
+    # rows: which frame, and where in it
     mask = i < rows
     image = find_image(table_ptr, i, images, 3, SEARCH_STEPS, HEADER, FIELDS)
-    h, w = tl.load(image + 1), tl.load(image + 2)
-    within = (i - tl.load(image + 3)) % (h * w)
-    block, inner = within // (MERGE * MERGE), within % (MERGE * MERGE)
-    y = block // (w // MERGE) * MERGE + inner // MERGE
-    x = block % (w // MERGE) * MERGE + inner % MERGE
+    t, h, w = tl.load(image), tl.load(image + 1), tl.load(image + 2)
+    frame, within = (i - tl.load(image + 3)) // (h * w + CLASS), (i - tl.load(image + 3)) % (h * w + CLASS) - CLASS
+    patch = tl.maximum(within, 0)
+    block, inner = patch // (MERGE * MERGE), patch % (MERGE * MERGE)
+    block_y, block_x = block_place(block, h // MERGE, w // MERGE, WINDOW)
+    y, x = block_y * MERGE + inner // MERGE, block_x * MERGE + inner % MERGE
 
-    offs_f = tl.arange(0, BLOCK_F)
-    mask_f = mask[:, None] & (offs_f < FREQS)[None, :]
-    freq = tl.load(inv_freq_ptr + offs_f, mask=offs_f < FREQS, other=0.0)
-    angle_y, angle_x = y.to(tl.float32)[:, None] * freq[None, :], x.to(tl.float32)[:, None] * freq[None, :]
-    if INTERLEAVED:  # x0 y0 x1 y1 ...
-        at_y, at_x = 2 * offs_f + 1, 2 * offs_f
-    else:  # y0 y1 ... x0 x1 ...
-        at_y, at_x = offs_f, FREQS + offs_f
-    row = i.to(tl.int64)[:, None] * (2 * FREQS)
-    tl.store(cos_ptr + row + at_y[None, :], tl.cos(angle_y), mask=mask_f)
-    tl.store(cos_ptr + row + at_x[None, :], tl.cos(angle_x), mask=mask_f)
-    tl.store(sin_ptr + row + at_y[None, :], tl.sin(angle_y), mask=mask_f)
-    tl.store(sin_ptr + row + at_x[None, :], tl.sin(angle_x), mask=mask_f)
+    if source_ptr is not None:
+        place = y * w + x if RASTER else (block_y * (w // MERGE) + block_x) * (MERGE * MERGE) + inner
+        source = tl.load(image + 4) + frame * h * w + place
+        tl.store(source_ptr + i, tl.where(within < 0, -1, source), mask=mask)
 
-    if SIDE > 0:
-        y0, y1, fy = axis_taps(y, h, SIDE)
-        x0, x1, fx = axis_taps(x, w, SIDE)
-        tap = i.to(tl.int64) * 4
-        tl.store(tap_index_ptr + tap, y0 * SIDE + x0, mask=mask)
-        tl.store(tap_index_ptr + tap + 1, y0 * SIDE + x1, mask=mask)
-        tl.store(tap_index_ptr + tap + 2, y1 * SIDE + x0, mask=mask)
-        tl.store(tap_index_ptr + tap + 3, y1 * SIDE + x1, mask=mask)
-        tl.store(tap_weight_ptr + tap, (1.0 - fy) * (1.0 - fx), mask=mask)
-        tl.store(tap_weight_ptr + tap + 1, (1.0 - fy) * fx, mask=mask)
-        tl.store(tap_weight_ptr + tap + 2, fy * (1.0 - fx), mask=mask)
-        tl.store(tap_weight_ptr + tap + 3, fy * fx, mask=mask)
+    if cos_ptr is not None:
+        offs_f = tl.arange(0, BLOCK_F)
+        mask_f = mask[:, None] & (offs_f < FREQS)[None, :]
+        freq = tl.load(inv_freq_ptr + offs_f, mask=offs_f < FREQS, other=0.0)
+        angle_y, angle_x = y.to(tl.float32)[:, None] * freq[None, :], x.to(tl.float32)[:, None] * freq[None, :]
+        if INTERLEAVED:  # x0 y0 x1 y1 ...
+            at_y, at_x = 2 * offs_f + 1, 2 * offs_f
+        else:  # y0 y1 ... x0 x1 ...
+            at_y, at_x = offs_f, FREQS + offs_f
+        row = i.to(tl.int64)[:, None] * (2 * FREQS)
+        tl.store(cos_ptr + row + at_y[None, :], tl.cos(angle_y), mask=mask_f)
+        tl.store(cos_ptr + row + at_x[None, :], tl.cos(angle_x), mask=mask_f)
+        tl.store(sin_ptr + row + at_y[None, :], tl.sin(angle_y), mask=mask_f)
+        tl.store(sin_ptr + row + at_x[None, :], tl.sin(angle_x), mask=mask_f)
+
+    if TAPS > 0:
+        CUBIC: tl.constexpr = TAPS >= 16
+        N: tl.constexpr = 4 if CUBIC else 2
+        source_y, source_x = (
+            axis_source(y, h, SIDE, ALIGN_CORNERS, CUBIC),
+            axis_source(x, w, SIDE, ALIGN_CORNERS, CUBIC),
+        )
+        low_y, low_x = tl.floor(source_y), tl.floor(source_x)
+        tap = i.to(tl.int64) * TAPS
+        for a in tl.static_range(N):
+            for b in tl.static_range(N):
+                high = tl.minimum(tl.maximum(low_y.to(tl.int32) + (a - N // 4), 0), SIDE - 1)
+                wide = tl.minimum(tl.maximum(low_x.to(tl.int32) + (b - N // 4), 0), SIDE - 1)
+                index = high * SIDE + wide
+                weight = tap_weight(source_y - low_y, a, CUBIC) * tap_weight(source_x - low_x, b, CUBIC)
+                if CLASS:  # a class token has the row behind the grid
+                    alone = 1.0 if a + b == 0 else 0.0
+                    index = tl.where(within < 0, SIDE * SIDE if a + b == 0 else 0, index)
+                    weight = tl.where(within < 0, alone, weight)
+                tl.store(tap_index_ptr + tap + a * N + b, index, mask=mask)
+                tl.store(tap_weight_ptr + tap + a * N + b, weight, mask=mask)
+        if TAPS > N * N:  # the rows behind the grid are the frames of a clip
+            tl.store(tap_index_ptr + tap + N * N, SIDE * SIDE + frame, mask=mask)
+            tl.store(tap_weight_ptr + tap + N * N, tl.where(t > 1, 1.0, 0.0), mask=mask)
 
     # tiles: which query rows against which segment
     mask_t = i < tiles
-    image = find_image(table_ptr, i, images, 6, SEARCH_STEPS, HEADER, FIELDS)
-    length = tl.load(image + 1) * tl.load(image + 2) * tl.load(image + 5)
+    image = find_image(table_ptr, i, images, 7, SEARCH_STEPS, HEADER, FIELDS)
+    length = (tl.load(image + 1) * tl.load(image + 2) + CLASS) * tl.load(image + 6)
     per_segment = (length + TILE - 1) // TILE
-    nth = i - tl.load(image + 6)
+    nth = i - tl.load(image + 7)
     k0 = tl.load(image + 3) + nth // per_segment * length
     q0 = k0 + nth % per_segment * TILE
-    tl.store(tiles_ptr + i * 4, q0, mask=mask_t)
-    tl.store(tiles_ptr + i * 4 + 1, tl.minimum(q0 + TILE, k0 + length), mask=mask_t)
-    tl.store(tiles_ptr + i * 4 + 2, k0, mask=mask_t)
-    tl.store(tiles_ptr + i * 4 + 3, k0 + length, mask=mask_t)
+    store_tile(tiles_ptr, i, q0, tl.minimum(q0 + TILE, k0 + length), k0, k0 + length, mask_t)
+
+    if windows_ptr is not None:
+        mask_w = i < windows
+        image = find_image(table_ptr, i, images, 8, SEARCH_STEPS, HEADER, FIELDS)
+        h, w = tl.load(image + 1) // MERGE, tl.load(image + 2) // MERGE
+        per_frame = (h + WINDOW - 1) // WINDOW * ((w + WINDOW - 1) // WINDOW)
+        nth = i - tl.load(image + 8)
+        first, high, wide = window_bounds(nth % per_frame, h, w, WINDOW)
+        k0 = tl.load(image + 3) + (nth // per_frame * h * w + first) * (MERGE * MERGE)
+        k1 = k0 + high * wide * (MERGE * MERGE)
+        store_tile(windows_ptr, i, k0, k1, k0, k1, mask_w)
+
+
+@triton.jit
+def store_tile(ptr, i, q0, q1, k0, k1, mask):
+    tl.store(ptr + i * 4, q0, mask=mask)
+    tl.store(ptr + i * 4 + 1, q1, mask=mask)
+    tl.store(ptr + i * 4 + 2, k0, mask=mask)
+    tl.store(ptr + i * 4 + 3, k1, mask=mask)

@@ -10,6 +10,7 @@ from fused_vit.executor import define, trace
 from fused_vit.packing import items
 from fused_vit.towers import find_tower
 from fused_vit.weights.pack import pack_tower
+from fused_vit.weights.read import reader
 from tests.towers_hf import random_pixels, randomize, tiny_tower
 
 GRIDS = {
@@ -70,11 +71,10 @@ def test_the_moe_models_tower_too() -> None:
 def test_fp64_agrees_far_below_fp32_noise() -> None:
     """In double precision the folded plan and the plain tower differ only by transformers' own fp32 rotary."""
     tower = tiny_tower(seed=5)
-    config = tower.config.to_dict()
-    row = find_tower(config)
+    layout = find_tower(tower.config.to_dict()).layouts[0]
     vit = fused_vit.FusedViT.from_module(tower, device="cpu")
     state = {k: v.double() for k, v in tower.state_dict().items()}
-    weights = pack_tower(vit.spec, lambda part, i: state[row.name(part, i)], dtype=torch.float64)
+    weights = pack_tower(vit.spec, reader(layout, vit.spec, state), dtype=torch.float64)
     pixels = random_pixels(GRIDS["mixed odd grids"], 96, 1).double()
     pack = items(vit.spec, GRIDS["mixed odd grids"], len(pixels))
     exact = define(vit.plan(), weights, pixels, pack)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # A module may import those of its own row and of the rows above it, and no two may import each other.
 LAYERS = (
     ("errors", "spec"),
+    ("layouts",),
     ("output", "towers", "packing", "buckets"),
     ("plan",),
     ("workspace", "executor"),
@@ -24,7 +25,7 @@ LAYERS = (
 RANK = {name: i for i, row in enumerate(LAYERS) for name in row}
 LEAVES = {  # fused_vit.kernels and fused_vit.weights: what they may import of fused_vit, and who may import them
     "kernels": ({"kernels"}, {"executor", "encoder", "cli"}),
-    "weights": ({"weights", "spec", "errors"}, {"encoder", "adapters", "parity", "cli"}),
+    "weights": ({"weights", "spec", "errors", "layouts"}, {"encoder", "adapters", "parity", "cli"}),
 }
 THIRD_PARTY = {  # package -> modules that may import it; torch is everybody's
     "triton": {"kernels"},
@@ -37,7 +38,7 @@ THIRD_PARTY = {  # package -> modules that may import it; torch is everybody's
     "PIL": {"images", "pca"},
     "einops": set(RANK) | {"weights"},
 }
-PURE = {"errors", "spec", "towers", "packing", "buckets", "plan"}  # no torch either
+PURE = {"errors", "spec", "layouts", "towers", "packing", "buckets", "plan"}  # no torch either
 
 
 def sources() -> dict[str, Path]:

@@ -14,7 +14,8 @@ from fused_vit.spec import TowerSpec
 from fused_vit.towers import parse_config
 from fused_vit.workspace import _lifetimes, place, shapes
 
-UNFOLD = "merge=2 raster=False interleaved=False side=6"
+UNFOLD = "merge=2 raster=False class_token=False window=0 interleaved=False side=6 align_corners=True taps=4"
+PLAIN = "gated=False limit=None"
 LISTING = """\
 10 launches over 15 buffers
   table        [table] int32
@@ -33,16 +34,16 @@ LISTING = """\
   pooled       [merged, 24] model
   deepstack.0  [merged, 24] model
   unfold             cos, sin, tap_index, tap_weight, tiles = unfold(table) UNFOLD
-  patch_embed        x, sums = patch_embed(pixels, tap_index, tap_weight)
-  block.0.qkv        qkv = qkv(x, sums, cos, sin) head_dim=16 rotated=4 eps=1e-06 centred=True
-  block.0.attention  context = attention(qkv, tiles) heads=2
+  patch_embed        x, sums = patch_embed(pixels, tap_index, tap_weight) features=96
+  block.0.qkv        qkv = qkv(x, sums, cos, sin) head_dim=16 rotated=4 normed=0 head_eps=0.0 eps=1e-06 centred=True
+  block.0.attention  context = attention(qkv, tiles) heads=2 windowed=False
   block.0.proj       x, sums = residual(x, context)
-  block.0.fc1        hidden = linear(x, sums) merge=1 groups=1 eps=1e-06 centred=True activation=gelu_tanh
+  block.0.fc1        hidden = linear(x, sums) merge=1 groups=1 eps=1e-06 centred=True activation=gelu_tanh PLAIN
   block.0.fc2        x, sums = residual(x, hidden)
-  deepstack.0.fc1    merging = linear(x, sums) merge=4 groups=1 eps=1e-06 centred=True activation=gelu
-  deepstack.0.fc2    deepstack.0 = linear(merging, ) merge=1 groups=0 eps=1e-06 centred=True activation=none
-  merger.fc1         merging = linear(x, sums) merge=4 groups=4 eps=1e-06 centred=True activation=gelu
-  merger.fc2         pooled = linear(merging, ) merge=1 groups=0 eps=1e-06 centred=True activation=none"""
+  deepstack.0.fc1    merging = linear(x, sums) merge=4 groups=1 eps=1e-06 centred=True activation=gelu PLAIN
+  deepstack.0.fc2    deepstack.0 = linear(merging) merge=1 groups=0 eps=0.0 centred=True activation=none PLAIN
+  merger.fc1         merging = linear(x, sums) merge=4 groups=4 eps=1e-06 centred=True activation=gelu PLAIN
+  merger.fc2         pooled = linear(merging) merge=1 groups=0 eps=0.0 centred=True activation=none PLAIN"""
 
 
 def spec_of(**vision: object) -> TowerSpec:
@@ -57,7 +58,8 @@ TINY: Mapping[str, object] = {
 
 def test_the_listing() -> None:
     listing = str(build_plan(spec_of(**TINY)))
-    assert listing == LISTING.replace("10 launches", f"{2 + 5 + 2 * 2} launches").replace("UNFOLD", UNFOLD)
+    wanted = LISTING.replace("10 launches", f"{2 + 5 + 2 * 2} launches")
+    assert listing == wanted.replace("UNFOLD", UNFOLD).replace("PLAIN", PLAIN)
 
 
 @pytest.mark.parametrize("spec", [spec_of(), spec_of(deepstack_visual_indexes=[])], ids=["8b", "no deepstack"])

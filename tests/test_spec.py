@@ -8,7 +8,7 @@ import pytest
 
 from fused_vit.errors import SpecError
 from fused_vit.spec import AttentionSpec, TowerSpec
-from fused_vit.towers import TOWERS, find_tower, parse_config
+from fused_vit.towers import find_tower, parse_config
 
 LARGE = {"hidden_size": 1152, "depth": 27, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
 SMALL = {"hidden_size": 1024, "depth": 24, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
@@ -33,7 +33,7 @@ def test_every_published_size_parses(size: str) -> None:
     spec = parse_config(config)
     tower = find_tower(config)
     assert size in tower.sizes
-    assert (spec.width, spec.depth, spec.mlp.width, spec.merger.out) == (
+    assert (spec.width, spec.depth, spec.mlp.width, spec.merger.out) == (  # type: ignore[union-attr]
         vision["hidden_size"], vision["depth"], vision["intermediate_size"], vision["out_hidden_size"],
     )  # fmt: skip
     assert spec.attention.head_dim == vision["hidden_size"] // 16 and spec.patch.features == 1536  # type: ignore[operator]
@@ -44,7 +44,7 @@ def test_every_published_size_parses(size: str) -> None:
 def test_parameter_count_of_the_8b() -> None:
     spec = parse_config({"model_type": "qwen3_vl", "vision_config": {**COMMON, **SIZES["8B"][1]}})
     total = 0
-    for shape in TOWERS[0].expected(spec).values():
+    for shape in find_tower({"model_type": "qwen3_vl"}).layouts[0].expected(spec).values():
         count = 1
         for n in shape:
             count *= n
@@ -57,7 +57,7 @@ def test_parameter_count_of_the_8b() -> None:
     [
         ({"hidden_act": "relu"}, "hidden_act is 'relu'; supported: gelu, gelu_pytorch_tanh"),
         ({"num_position_embeddings": 2300}, "num_position_embeddings is 2300.*square"),
-        ({"hidden_size": 1000}, "hidden_size is 1000 with num_heads 16"),
+        ({"hidden_size": 1000}, "hidden_size is 1000 with 16 heads"),
         ({"hidden_size": 0}, "hidden_size is 0.*positive"),
         ({"depth": "27"}, "depth is '27'.*positive integer"),
         ({"depth": True}, "depth is True"),
@@ -79,7 +79,7 @@ def test_a_bad_value_names_the_field_the_value_and_what_is_supported(change: dic
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "bert"}, {"vision_config": {"model_type": "clip"}}], ids=str)
 def test_an_unsupported_model_gets_the_list_of_what_is_supported(config: dict[str, object]) -> None:
-    with pytest.raises(SpecError, match="supported: qwen3_vl, "):
+    with pytest.raises(SpecError, match=r"supported: .*qwen3_vl, "):
         parse_config(config)
 
 

@@ -79,7 +79,11 @@ def randomize(module: nn.Module, seed: int) -> Any:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-            if parameter.ndim == 1 and name.endswith("weight"):
+            if "pos_emb" in name or "position_embedding" in name or "cls_token" in name:
+                parameter.copy_(0.5 * noise)  # rows are added to patches: they are no fan-in
+            elif "lambda" in name:
+                parameter.copy_(0.3 * noise)
+            elif parameter.ndim == 1 and name.endswith("weight"):
                 parameter.copy_(1 + 0.2 * noise)
             elif parameter.ndim == 1:
                 parameter.copy_(0.1 * noise)

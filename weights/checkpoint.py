@@ -123,8 +123,12 @@ class Checkpoint:
             raise CheckpointError(f"{self.source}: neither {INDEX} nor {SINGLE}. {self._home.remedy()}")
         return dict.fromkeys(shard[1].keys(), single)
 
-    def tower(self, prefixes: Sequence[str], expected: Mapping[str, tuple[int, ...]]) -> TowerTensors:
+    def tower(
+        self, prefixes: Sequence[str], expected: Mapping[str, tuple[int, ...]], unused: tuple[str, ...] = ()
+    ) -> TowerTensors:
         """The tensors `expected` (name -> shape), under the first of `prefixes` that has any of them.
+
+        unused: beginnings of names under the prefix that may be there and are left alone.
 
         Raises:
             CheckpointError: shards that are absent; or, in one message, every tensor that is missing, unexpected (the
@@ -138,7 +142,7 @@ class Checkpoint:
         found = {key: row for key in expected if (row := self._row(prefix + key))}
         problems = {
             "missing": [key for key in expected if key not in found],
-            "unexpected": _unexpected(self.files, prefix, expected),
+            "unexpected": _unexpected(self.files, prefix, expected, unused),
             "of another shape": [
                 f"{key} is {list(shape)}, expected {list(expected[key])}"
                 for key, (_, _, shape) in found.items()
@@ -272,11 +276,14 @@ def _read_index(path: Path) -> dict[str, str]:
     return files
 
 
-def _unexpected(files: Mapping[str, str], prefix: str, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+def _unexpected(
+    files: Mapping[str, str], prefix: str, expected: Mapping[str, tuple[int, ...]], unused: tuple[str, ...]
+) -> list[str]:
     """Names under the prefix that are not expected; without a prefix, only those of the tower's top modules."""
     tops = {key.partition(".")[0] for key in expected}
     keys = (name.removeprefix(prefix) for name in files if name.startswith(prefix))
-    return [key for key in keys if key not in expected and (prefix or key.partition(".")[0] in tops)]
+    extra = [key for key in keys if key not in expected and (prefix or key.partition(".")[0] in tops)]
+    return [key for key in extra if not key.startswith(unused)]
 
 
 def _mismatch(source: str, prefix: str, problems: Mapping[str, list[str]]) -> str:

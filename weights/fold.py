@@ -37,3 +37,15 @@ def pair_rotations(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     Queries and keys are permuted alike, so their products do not change.
     """
     return rearrange(rows, "(head pair j) ... -> (head j pair) ...", pair=2, j=head_dim // 2)
+
+
+def pair_gates(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of a gate, then as many of its up projection, become rows (gate j, up j): one tile holds both."""
+    return rearrange(rows, "(pair j) ... -> (j pair) ...", pair=2)
+
+
+def frame_sinusoids(frames: int, width: int) -> torch.Tensor:
+    """[frames, width] fp32 sin and cos of frame numbers 0, 1, ... (transformers Kimi_K25VisionPositionEmbeddings)."""
+    frequency = 1.0 / 10000 ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    angle = torch.outer(torch.arange(frames, dtype=torch.float32), frequency)
+    return torch.cat([angle.sin(), angle.cos()], 1)

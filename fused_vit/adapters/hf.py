@@ -1,4 +1,4 @@
-"""attach / detach: a FusedViT at `model.visual` of a loaded Hugging Face model, and the original back.
+"""attach / detach: a FusedViT in the place of a loaded Hugging Face model's vision tower, and the original back.
 
 Inference only: no gradient reaches the tower. The original is kept, outside the module tree, so that an attached model
 saves the same checkpoint as before; `model.parameters()` and `model.to()` do not see it.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -20,7 +19,7 @@ from ..buckets import Bucket
 from ..encoder import FusedViT
 from ..errors import FusedVitError, SpecError
 from ..output import VisionOutput
-from ..towers import TOWERS, find_tower, parse_config
+from ..towers import TOWERS
 
 logger = logging.getLogger("fused_vit")
 Grid = torch.Tensor | Sequence[Sequence[int]]
@@ -37,8 +36,9 @@ def attach(
 ) -> FusedViT:
     """Replace the vision tower of a loaded Hugging Face model, in place, by a fused one.
 
-    The tower is found by its class, wherever it sits: `model.model.visual`, `model.visual`, inside a wrapper. On a GPU
-    the original's parameters move to CPU memory until `detach`; on a CPU they stay.
+    The tower is found by its class, wherever it sits: `model.model.visual`, `model.thinker.visual`,
+    `model.model.vision_tower`. On a GPU the original's parameters move to CPU memory until `detach`; on a CPU they
+    stay.
 
     Args:
         model: holds one supported tower, on transformers 5.x or 4.57.
@@ -58,8 +58,9 @@ def attach(
     if next(_places(model, lambda child: isinstance(child, FusedVisual)), None):
         raise FusedVitError(f"{type(model).__name__} has a fused tower already; call fused_vit.detach(model) first")
     tower = _find(model)
-    _check_tensors(tower)
-    encoder = FusedViT.from_module(tower, device=device, dtype=dtype, buckets=buckets, max_tokens=max_tokens)
+    encoder = FusedViT.from_module(
+        tower, device=device, dtype=dtype, buckets=buckets, max_tokens=max_tokens, hidden_state=_wants_hidden(model)
+    )
     fused = FusedVisual(encoder, tower)
     for parent, name, _ in list(_places(model, lambda child: child is tower)):
         setattr(parent, name, fused)
@@ -95,6 +96,7 @@ class FusedVisual(nn.Module):
         self.encoder = encoder
         self.__dict__["original"] = original  # no submodule: model.to() and model.parameters() leave it alone
         self._output_class = _output_class(original)
+        self._deepstack = hasattr(original, "deepstack_visual_indexes")
         self._homes: list[tuple[torch.Tensor, torch.device]] = []
         self._warned: set[str] = set()
 
@@ -111,29 +113,35 @@ class FusedVisual(nn.Module):
         """The original's call: pixels, whatever their name and device, and grids, from which all else is derived.
 
         Other keywords are accepted and have no effect: generate's flags, and tensors such as `cu_seqlens` that a caller
-        computed ahead. Hidden states and attentions of single layers do not exist; asking for them warns once.
+        computed ahead. Of hidden states there is at most the last, and no attentions; asking for more warns once.
         """
         pixels = hidden_states if hidden_states is not None else pixel_values
-        if pixels is None or grid_thw is None:
+        if pixels is None or (grid_thw is None and self.encoder.spec.merge > 1):
             raise TypeError("a vision tower needs pixel_values (or hidden_states) and grid_thw")
         for flag in UNSEEN:
-            if kwargs.get(flag):
+            if kwargs.get(flag) and not (flag == "output_hidden_states" and self.encoder.spec.hidden_state):
                 self._warn(flag, f"{flag} is ignored by the vision tower: fused kernels do not keep them")
         if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.original.parameters()):
             self._warn("training", "the fused vision tower is inference only: it gets no gradient; detach to train it")
         out = self.encoder(pixels.to(self.device), grid_thw)
         if return_dict is None:
             return_dict = getattr(self.original.config, "return_dict", True)
-        return self._as_original(out, return_dict)
+        return self._as_original(out, None if grid_thw is not None else len(pixels), return_dict)
 
-    def _as_original(self, out: VisionOutput, return_dict: bool) -> Any:
+    def _as_original(self, out: VisionOutput, images: int | None, return_dict: bool) -> Any:
+        """The class, fields and shapes of the original's result; whole images have a batch dimension."""
         if self._output_class is None:  # transformers 4
-            return out.pooler_output, out.deepstack_features
-        answer = self._output_class(
-            last_hidden_state=out.last_hidden_state,
-            pooler_output=out.pooler_output,
-            deepstack_features=out.deepstack_features,
-        )
+            return (out.pooler_output, out.deepstack_features) if self._deepstack else out.pooler_output
+        batch = (-1,) if images is None else (images, -1)
+        fields: dict[str, Any] = {
+            "last_hidden_state": out.last_hidden_state.unflatten(0, batch),
+            "pooler_output": out.pooler_output,
+        }
+        if self._deepstack:
+            fields["deepstack_features"] = out.deepstack_features
+        if out.hidden_state is not None:
+            fields["hidden_states"] = (*[None] * self.encoder.spec.depth, out.hidden_state.unflatten(0, batch))
+        answer = self._output_class(**fields)
         return answer if return_dict else answer.to_tuple()
 
     def _warn(self, about: str, message: str) -> None:
@@ -245,27 +253,21 @@ def _find(model: nn.Module) -> nn.Module:
     return next(iter(found.values()))
 
 
-def _check_tensors(tower: nn.Module) -> None:
-    """Raises SpecError with all tensors that LoRA wrapped, quantization packed or offloading emptied."""
-    config: dict[str, Any] = tower.config.to_dict()  # type: ignore[operator,union-attr]
-    state = {name.replace("patch_embed.linear_proj", "patch_embed.proj"): t for name, t in tower.state_dict().items()}
-    wrong = []
-    for name, shape in find_tower(config).expected(parse_config(config)).items():
-        tensor = state.get(name)
-        if tensor is None:
-            wrong.append(f"{name} is missing")
-        elif tensor.numel() != math.prod(shape) or not tensor.is_floating_point() or tensor.is_meta:
-            wrong.append(f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}")
-    if wrong:
-        shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-        raise SpecError(
-            f"{type(tower).__name__}: {shown}. expected plain floating-point tensors: merge adapters, load the tower "
-            "neither quantized nor offloaded"
-        )
+def _wants_hidden(model: nn.Module) -> bool:
+    """Whether a parent reads hidden_states[-1] (LLaVA-OneVision). Raises SpecError where it reads earlier layers."""
+    layer = getattr(getattr(model, "config", None), "vision_feature_layer", None)
+    if layer not in (None, -1):
+        raise SpecError(f"config.vision_feature_layer is {layer!r}; supported: -1, the last layer")
+    return layer == -1
 
 
-def _output_class(tower: nn.Module) -> type | None:
-    """The ModelOutput that the tower's own module returns; None on transformers 4, where it is a tuple."""
+def _output_class(tower: nn.Module) -> Any:
+    """The ModelOutput that the tower's own module returns; None on transformers 4 where it is a tensor or a tuple."""
     cls = _tower_class(tower)
     assert cls is not None, "only a supported tower is replaced"
-    return getattr(sys.modules[cls.__module__], "BaseModelOutputWithDeepstackFeatures", None)
+    names = (
+        "BaseModelOutputWithDeepstackFeatures",
+        "InternVLVisionModelOutputWithPooling",
+        "BaseModelOutputWithPooling",
+    )
+    return next((found for name in names if (found := getattr(sys.modules[cls.__module__], name, None))), None)

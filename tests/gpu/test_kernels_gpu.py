@@ -9,18 +9,31 @@ import torch
 
 from fused_vit.buckets import Bucket
 from fused_vit.executor import launch_step
-from fused_vit.packing import Item, table
-from fused_vit.plan import Step, build_plan
-from fused_vit.spec import AttentionSpec, MergerSpec, MlpSpec, NormSpec, PatchSpec, PositionSpec, RopeSpec, TowerSpec
+from fused_vit.layouts import parts
+from fused_vit.packing import MERGED, Item, items, table
+from fused_vit.plan import Plan, Step, build_plan
+from fused_vit.spec import (
+    AttentionSpec,
+    MergerSpec,
+    MlpSpec,
+    NormSpec,
+    PatchSpec,
+    PoolSpec,
+    PositionSpec,
+    RopeSpec,
+    TowerSpec,
+)
+from fused_vit.towers import parse_config
 from fused_vit.weights.pack import pack_tower
 from fused_vit.workspace import Workspace
+from tests.kernels.resources import TOWERS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 NORM = NormSpec("layer", 1e-6)
-PACKS = {
-    "one": [Item(1, 28, 28, 1)],
-    "odd": [Item(1, 6, 10, 1), Item(3, 14, 22, 1), Item(1, 2, 2, 1), Item(1, 36, 54, 1)],
-    "video": [Item(16, 8, 14, 1)],
+GRIDS = {
+    "one": [[1, 28, 28]],
+    "odd": [[1, 6, 10], [3, 14, 22], [1, 2, 2], [1, 36, 54]],
+    "video": [[4, 8, 14], [2, 16, 16], [4, 8, 14]],
 }
 
 
@@ -29,7 +42,7 @@ def tower(width: int, heads: int, mlp: int, out: int, head_dim: int | None = Non
         depth=1, width=width, patch=PatchSpec(16, 2), position=PositionSpec(48), norm=NORM,
         attention=AttentionSpec(heads, heads, head_dim or width // heads), rope=RopeSpec(),
         mlp=MlpSpec(mlp, "gelu_tanh"),
-        merger=MergerSpec(2, out, NORM), deepstack=(0,),
+        merger=MergerSpec(out, NORM), deepstack=(0,),
     )  # fmt: skip
 
 
@@ -40,19 +53,29 @@ SPECS = {
     "d128": tower(1536, 12, 4096, 4096),
     "d96": tower(768, 8, 3072, 1024),
     "d88": tower(704, 8, 2816, 1024),
+    **{
+        name: parse_config(fields, projector="text_config" in fields)
+        for name, fields in TOWERS.items()
+        if name not in ("8B", "2B", "Qwen3.5-0.8B")
+    },
 }
+CASES = [
+    (spec, grid, dtype)
+    for spec in SPECS
+    for grid, dtypes in (("odd", ("bfloat16", "float16", "float32")), ("one", ("bfloat16",)), ("video", ("bfloat16",)))
+    for dtype in dtypes
+]
 
 
 def random_weights(spec: TowerSpec, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Seeded weights of a spec, with norms that are no identity."""
-    from fused_vit.towers import _tensors
-
     generator = torch.Generator(device="cuda").manual_seed(0)
     source = {}
-    for part, i, shape in _tensors(spec):
+    for p in parts(spec):
+        part, i, shape = p.name, p.block, p.shape
         value = torch.randn(shape, generator=generator, device="cuda")
         fan = shape[-1] if part.endswith("fc1.weight") else max(1, value[0].numel())
-        gamma = part.split(".")[-2].startswith("norm") and part.endswith("weight")
+        gamma = part.endswith("weight") and len(shape) == 1
         source[part, i] = 1 + 0.1 * value if gamma else value * (fan**-0.5 if len(shape) > 1 else 0.1)
     return pack_tower(spec, lambda part, i: source[part, i], dtype=dtype, device="cuda")
 
@@ -61,29 +84,31 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("pack", PACKS.values(), ids=PACKS)
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_each_step_matches_its_definition(spec: TowerSpec, pack: list[Item], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("name", "grid", "kind"), CASES)
+def test_each_step_matches_its_definition(name: str, grid: str, kind: str) -> None:
     """Step by step from the same inputs: error to fp32 at most twice the definition's own error in this dtype."""
     from fused_vit.kernels.config import attention_config, device_arch
     from fused_vit.kernels.ops import OPS
 
     torch.manual_seed(1)
+    spec, dtype = SPECS[name], getattr(torch, kind)
     plan, weights = build_plan(spec), random_weights(spec, dtype)
-    rows = sum(item.rows for item in pack)
+    patches = sum(t * h * w for t, h, w in GRIDS[grid])
+    pack = items(spec, GRIDS[grid], patches)
     tile = attention_config(spec.attention.head_dim, dtype, device_arch(torch.device("cuda", 0))).block_m
-    bucket = Bucket(rows + 4 * 77, 64)
+    bucket = Bucket(sum(item.rows for item in pack) + 4 * 77, sum(item.segments for item in pack) + 9)
     workspace = Workspace(plan, bucket, dtype, torch.device("cuda", 0), tile)
     workspace.slab.fill_(0xFF)
     buffers = workspace.buffers(bucket)
-    integers = torch.tensor(table(pack, 2, tile), dtype=torch.int32, device="cuda")
+    integers = torch.tensor(table(pack, tile), dtype=torch.int32, device="cuda")
     buffers["table"].zero_()[: len(integers)] = integers
-    buffers["pixels"][:rows] = torch.randn(rows, spec.patch.features, device="cuda").to(dtype)
+    buffers["pixels"][:patches, : spec.patch.features] = torch.randn(patches, spec.patch.features, device="cuda").to(
+        dtype
+    )
     exact = {k: v.double() if v.is_floating_point() else v for k, v in weights.items()}
-    counts = {None: 0, 0: rows, 1: rows // 4, 4: int(integers[4])}
+    sizes = Sizes(plan, pack, integers)
     for step in plan.steps:
-        before = {name: used(buffers[name], name, step, counts, rows).clone() for name in step.reads if name}
+        before = {name: sizes.used(buffers[name], name, step).clone() for name in step.reads if name}
         launch_step(step, weights, buffers, tile)
         options = dict(step.options) | ({"tile": tile} if step.op == "unfold" else {})
         wide = run(
@@ -95,7 +120,9 @@ def test_each_step_matches_its_definition(spec: TowerSpec, pack: list[Item], dty
         )
         same = run(OPS[step.op].ref, step, before, weights, options)
         for name, truth, peer in zip(step.writes, wide, same, strict=True):
-            got = used(buffers[name], name, step, counts, rows)
+            if not name:
+                continue
+            got = sizes.used(buffers[name], name, step)
             if name == "sums":
                 got, truth, peer = got.sum(1), truth.sum(1), peer.sum(1)
             if not got.is_floating_point():
@@ -116,14 +143,26 @@ def run(ref, step: Step, reads: Mapping[str, torch.Tensor], weights: Mapping[str
     return out if isinstance(out, tuple) else (out,)
 
 
-def used(buffer: torch.Tensor, name: str, step: Step, counts: Mapping[int | None, int], rows: int) -> torch.Tensor:
-    """The part of a buffer that holds data."""
-    if name == "table":
+class Sizes:
+    """How much of a buffer holds data."""
+
+    def __init__(self, plan: Plan, pack: list[Item], integers: torch.Tensor) -> None:
+        self.shapes = {buffer.name: buffer.shape for buffer in plan.buffers}
+        merged = sum(item.merged for item in pack)
+        self.patches = sum(item.pixel_rows for item in pack)
+        self.pooled = merged * plan.spec.patches if isinstance(plan.spec.merger, PoolSpec) else 0
+        self.counts = {
+            "rows": sum(item.rows for item in pack), "merged": merged, "tiles": int(integers[3]),
+            "windows": int(integers[4]),
+        }  # fmt: skip
+
+    def used(self, buffer: torch.Tensor, name: str, step: Step) -> torch.Tensor:
+        for dim, kind in enumerate(self.shapes[name]):
+            if kind in self.counts:
+                count = self.counts[str(kind)]
+                if name == "pixels":
+                    count = self.patches
+                elif name == "sums" and self.pooled and step.count == MERGED:
+                    count = self.pooled
+                buffer = buffer.narrow(dim, 0, count)
         return buffer
-    if name == "tiles":
-        return buffer[: counts[4]]
-    if name in ("sums",):
-        return buffer[:, :, :rows]
-    if name == "qkv":
-        return buffer[:, :rows]
-    return buffer[: rows // 4 if name == "merging" or name == "pooled" or name.startswith("deepstack") else rows]

@@ -12,14 +12,28 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 
 from fused_vit.buckets import Bucket
 from fused_vit.executor import define, launch
-from fused_vit.kernels import attention, linear, patch_embed, qkv, residual, unfold
-from fused_vit.packing import Item, table
+from fused_vit.kernels import attention, linear, norm, patch_embed, pool, qkv, residual, unfold
+from fused_vit.layouts import Part, parts
+from fused_vit.packing import Item, items, table
 from fused_vit.plan import build_plan
-from fused_vit.spec import AttentionSpec, MergerSpec, MlpSpec, NormSpec, PatchSpec, PositionSpec, RopeSpec, TowerSpec
+from fused_vit.spec import (
+    AttentionSpec,
+    ConvMergerSpec,
+    MergerSpec,
+    MlpSpec,
+    NormSpec,
+    PatchSpec,
+    PoolSpec,
+    PositionSpec,
+    RopeSpec,
+    TowerSpec,
+    WindowSpec,
+)
 from fused_vit.weights.pack import pack_tower
 from fused_vit.workspace import Workspace
 from tests.kernels import shim
@@ -78,44 +92,146 @@ def sums_of(x: torch.Tensor, parts: int) -> torch.Tensor:
 
 # --- unfold -------------------------------------------------------------------
 
+CLIPS = [[1, 2, 2], [3, 4, 6], [1, 10, 14], [2, 16, 8], [4, 2, 4]]
+MODES: dict[str, dict[str, Any]] = {
+    "blocks": {},
+    "raster": {"merge": 1, "raster": True},
+    "raster in blocks": {"raster": True, "interleaved": True, "taps": 17, "align_corners": False, "clip": True},
+    "bicubic": {"taps": 16, "align_corners": False},
+    "bilinear, not aligned": {"taps": 4, "align_corners": False},
+    "class token": {"merge": 1, "raster": True, "class_token": True, "taps": 16, "align_corners": False, "rope": False},
+    "windows": {"window": 8, "taps": 0},
+    "small windows": {"window": 4, "taps": 0},
+    "nothing": {"taps": 0, "rope": False},
+}
 
-@pytest.mark.parametrize("raster", [False, True], ids=["block", "raster"])
-@pytest.mark.parametrize("interleaved", [False, True], ids=["hw", "wh"])
+
+def mode(name: str) -> tuple[dict[str, Any], list[Item], bool]:
+    """Options of unfold, the items of CLIPS, and whether there is a rotary embedding."""
+    chosen = dict(MODES[name])
+    clip, rope = chosen.pop("clip", False), chosen.pop("rope", True)
+    options = {
+        "merge": 2, "raster": False, "class_token": False, "window": 0, "interleaved": False, "side": 6,
+        "align_corners": True, "taps": 4,
+    } | chosen  # fmt: skip
+    span, extra = options["window"], int(options["class_token"])
+    pack = [
+        Item(t, h, w, t if clip else 1, extra, -(-h // span) * -(-w // span) if span else 0, options["merge"] ** 2)
+        for t, h, w in CLIPS
+    ]
+    return options, pack, rope
+
+
+@pytest.mark.parametrize("name", MODES)
 @pytest.mark.parametrize("tile", [16, 64])
-def test_unfold(raster: bool, interleaved: bool, tile: int) -> None:
-    options = {"merge": 2, "raster": raster, "interleaved": interleaved, "side": 6, "tile": tile}
-    inv_freq = 1.0 / 10000 ** (torch.arange(9) / 9)
-    numbers = torch.tensor(table(PACK, 2, tile), dtype=torch.int32)
+def test_unfold(name: str, tile: int) -> None:
+    options, pack, rope = mode(name)
+    options["tile"] = tile
+    numbers = torch.tensor(table(pack, tile), dtype=torch.int32)
     padded = torch.cat([numbers, torch.full((5 * unfold.FIELDS,), 1 << 20, dtype=torch.int32)])
-    tiles, capacity = int(numbers[4]), 300
-    out = [blank(capacity, 18), blank(capacity, 18), blank(capacity, 4, dtype=torch.int32), blank(capacity, 4)]
-    out.append(blank(80, 4, dtype=torch.int32))
-    unfold.unfold(*out, padded, inv_freq, **options)
-    for i, (got, want) in enumerate(zip(out, unfold.unfold_ref(numbers, inv_freq, **options), strict=True)):
-        n = tiles if i == 4 else ROWS
-        assert len(want) == n
+    inv_freq = 1.0 / 10000 ** (torch.arange(9) / 9) if rope else None
+    wanted = unfold.unfold_ref(numbers, inv_freq, **options)
+    rows, tiles, windows, taps = sum(i.rows for i in pack), int(numbers[3]), int(numbers[4]), options["taps"]
+    capacity, ints = rows + 40, {"dtype": torch.int32}
+    out: list[torch.Tensor | None] = [blank(capacity, 18) if rope else None for _ in range(2)]
+    out += [blank(capacity, taps, **ints), blank(capacity, taps)] if taps else [None, None]
+    out += [blank(capacity, **ints), blank(tiles + 9, 4, **ints)]
+    out.append(blank(windows + 9, 4, **ints) if options["window"] else None)
+    unfold.unfold(*out, padded, inv_freq, **options)  # type: ignore[arg-type]
+    for k, (got, want) in enumerate(zip(out, wanted, strict=True)):
+        if got is None:
+            continue
+        n = {5: tiles, 6: windows}.get(k, rows)
+        assert want is not None and len(want) == n
         if got.is_floating_point():
-            assert torch.allclose(got[:n], want, rtol=0, atol=2e-6)
+            assert torch.allclose(got[:n], want, rtol=0, atol=3e-6), k
         else:
-            assert torch.equal(got[:n], want)
+            assert torch.equal(got[:n], want), k
         assert (got[n:] == SENTINEL).all()
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_rows_tiles_and_windows_cover_everything_once(name: str) -> None:
+    options, pack, _ = mode(name)
+    numbers = torch.tensor(table(pack, 16), dtype=torch.int32)
+    *_, source, tiles, windows = unfold.unfold_ref(numbers, None, **options, tile=16)
+    assert source is not None and tiles is not None and windows is not None
+    patches = source[source >= 0]
+    assert torch.equal(patches.sort().values, torch.arange(sum(i.pixel_rows for i in pack), dtype=torch.int32))
+    assert int((source < 0).sum()) == (sum(i.t for i in pack) if options["class_token"] else 0)
+    for spans in (tiles, windows) if options["window"] else (tiles,):
+        covered = torch.cat([torch.arange(a, b) for a, b in spans[:, :2].tolist()])
+        assert torch.equal(covered, torch.arange(len(source)))
+    if options["window"]:
+        assert int((windows[:, 1] - windows[:, 0]).max()) == options["window"] ** 2
+        assert sum(int(b - a) ** 2 for a, b in windows[:, :2]) == sum(i.pairs(True, options["window"]) for i in pack)
+
+
+@pytest.mark.parametrize("name", ["blocks", "bicubic", "bilinear, not aligned", "raster in blocks"])
+def test_taps_are_torchs_interpolation(name: str) -> None:
+    options, pack, _ = mode(name)
+    options |= {"raster": True, "merge": 1}
+    numbers = torch.tensor(table(pack, 16), dtype=torch.int32)
+    _, _, index, weight, *_ = unfold.unfold_ref(numbers, torch.ones(1, dtype=torch.float64), **options, tile=16)
+    assert index is not None and weight is not None
+    grid = rand(36, 8).double()
+    frames = rand(4, 8, seed=3).double()  # the rows behind the grid
+    got = (torch.cat([grid, frames])[index.long()] * weight[:, :, None]).sum(1)
+    wanted = []
+    how = "bicubic" if options["taps"] >= 16 else "bilinear"
+    for t, h, w in CLIPS:
+        plane = grid.T.reshape(1, 8, 6, 6)
+        resized = F.interpolate(plane, (h, w), mode=how, align_corners=options["align_corners"])[0].flatten(1).T
+        wanted += [resized + (frames[f] if t > 1 and options["taps"] == 17 else 0) for f in range(t)]
+    assert torch.allclose(got, torch.cat(wanted), atol=1e-9)
 
 
 # --- matmuls ------------------------------------------------------------------
 
 
+def integers(high: int, *shape: int) -> torch.Tensor:
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+
+
+def lost(x: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Indices in a larger buffer whose rest leads nowhere."""
+    return torch.cat([x, torch.full((capacity - len(x), *x.shape[1:]), 1 << 20, dtype=torch.int32)])
+
+
+def taps_of(rows: int, taps: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return integers(25, rows, taps), rand(rows, taps).softmax(1), rand(25, width, dtype=dtype)
+
+
 @DTYPES
-@pytest.mark.parametrize(("rows", "width", "depth"), [(1, 64, 96), (77, 200, 100), (130, 96, 64)], ids=str)
-def test_patch_embed(rows: int, width: int, depth: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("gathered", [False, True], ids=["in order", "gathered"])
+@pytest.mark.parametrize(
+    ("rows", "width", "depth", "taps"), [(1, 64, 96, 4), (77, 200, 100, 17), (130, 96, 64, 0)], ids=str
+)
+def test_patch_embed(rows: int, width: int, depth: int, taps: int, gathered: bool, dtype: torch.dtype) -> None:
     capacity, parts = 160, -(-width // 64)
-    index = torch.randint(0, 25, (rows, 4), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
-    args = [rand(rows, depth, dtype=dtype), index, rand(rows, 4).softmax(1), rand(width, depth, dtype=dtype)]
-    args += [rand(width), rand(25, width, dtype=dtype)]
+    source = None
+    if gathered:  # every 7th row is a class token: it has no pixels
+        source = torch.randperm(rows, generator=torch.Generator().manual_seed(2)).int()
+        source[::7] = -1
+    index, weight, positions = taps_of(rows, taps, width, dtype) if taps else (None, None, None)
+    args = [
+        rand(rows, depth, dtype=dtype),
+        source,
+        index,
+        weight,
+        rand(width, depth, dtype=dtype),
+        rand(width),
+        positions,
+    ]
     x, sums = blank(capacity, width, dtype=dtype), blank(2, parts, capacity)
-    indices = torch.cat([index, torch.full((capacity - rows, 4), 1 << 20, dtype=torch.int32)])
-    ins = [grown(args[0], capacity), indices, grown(args[2], capacity), *args[3:]]
-    patch_embed.patch_embed(x, sums, *ins, count=count(rows))
-    check(x[:rows], patch_embed.patch_embed_ref, args, 0)
+    ins = [
+        F.pad(grown(args[0], capacity), (0, -depth % 16), value=NAN),  # type: ignore[arg-type]
+        None if source is None else lost(source, capacity),
+        None if index is None else lost(index, capacity), None if weight is None else grown(weight, capacity),
+        F.pad(args[4], (0, -depth % 16)), *args[5:],  # type: ignore[arg-type]
+    ]  # fmt: skip
+    patch_embed.patch_embed(x, sums, *ins, features=depth, count=count(rows))  # type: ignore[arg-type]
+    check(x[:rows], patch_embed.patch_embed_ref, args, 0, features=depth)
     assert torch.allclose(sums[:, :, :rows].sum(1), patch_embed.row_sums_ref(x[:rows])[:, 0], rtol=1e-4, atol=1e-3)
     assert (x[rows:] == blank(1, dtype=dtype)).all() and (sums[:, :, rows:] == SENTINEL).all()
 
@@ -134,102 +250,253 @@ def test_residual_in_place(rows: int, width: int, depth: int, dtype: torch.dtype
 
 
 @DTYPES
-@pytest.mark.parametrize(("head_dim", "heads", "kv_heads"), [(16, 3, 3), (72, 2, 2), (80, 2, 1), (64, 4, 2)], ids=str)
-def test_qkv(head_dim: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "no rope"])
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_heads", "normed"),
+    [(16, 3, 3, False), (72, 2, 2, False), (80, 2, 1, False), (64, 4, 2, False), (16, 3, 3, True), (64, 4, 2, True)],
+    ids=str,
+)
+def test_qkv(head_dim: int, heads: int, kv_heads: int, normed: bool, rope: bool, dtype: torch.dtype) -> None:
     rows, capacity, width, total = 77, 100, 96, heads + 2 * kv_heads
     x = 2 + rand(rows, width, dtype=dtype)
     weight = rand(total * head_dim, width, dtype=dtype)
-    angle = rand(rows, head_dim // 2)
-    args = [x, sums_of(x, 2), angle.cos(), angle.sin(), weight, rand(len(weight)), weight.float().sum(1)[None]]
-    ins = [grown(x, capacity), grown(args[1], capacity, 2), *(grown(a, capacity) for a in args[2:4]), *args[4:]]
-    options = {"head_dim": head_dim, "rotated": heads + kv_heads, "eps": 1e-6, "centred": True}
+    angle, turned = rand(rows, head_dim // 2), heads + kv_heads
+    cos, sin = (angle.cos(), angle.sin()) if rope else (None, None)
+    gain = 1 + 0.3 * rand(turned * head_dim) if normed else None
+    args = [x, sums_of(x, 2), cos, sin, weight, rand(len(weight)), weight.float().sum(1)[None], gain]
+    ins = [grown(x, capacity), grown(args[1], capacity, 2)]  # type: ignore[arg-type]
+    ins += [None if a is None else grown(a, capacity) for a in (cos, sin)]  # type: ignore[list-item]
+    options = {
+        "head_dim": head_dim, "rotated": turned if rope else 0, "normed": turned if normed else 0, "head_eps": 1e-5,
+        "eps": 1e-6, "centred": True,
+    }  # fmt: skip
     y = blank(total, capacity, head_dim, dtype=dtype)
-    qkv.qkv(y, *ins, **options, count=count(rows))
+    qkv.qkv(y, *ins, *args[4:], **options, count=count(rows))  # type: ignore[arg-type]
     check(y[:, :rows], qkv.qkv_ref, args, **options)
     assert (y[:, rows:] == blank(1, dtype=dtype)).all()
 
 
 @DTYPES
 @pytest.mark.parametrize(
-    ("merge", "groups", "centred", "activation"),
+    ("merge", "groups", "centred", "activation", "gated", "limit"),
     [
-        (1, 1, True, "gelu_tanh"), (1, 1, False, "silu"), (1, 1, True, "quick_gelu"),
-        (4, 1, True, "gelu"), (4, 4, True, "gelu"), (4, 4, False, "none"), (1, 0, True, "none"),
+        (1, 1, True, "gelu_tanh", False, None), (1, 1, False, "silu", False, None),
+        (1, 1, True, "quick_gelu", False, None), (4, 1, True, "gelu", False, None), (4, 4, True, "gelu", False, None),
+        (4, 4, False, "none", False, None), (1, 0, True, "none", False, None), (1, 1, False, "silu", True, None),
+        (1, 0, True, "silu", True, 0.5), (1, 1, True, "gelu", True, 1.0),
     ],
     ids=str,
 )  # fmt: skip
-def test_linear(merge: int, groups: int, centred: bool, activation: str, dtype: torch.dtype) -> None:
+def test_linear(
+    merge: int, groups: int, centred: bool, activation: str, gated: bool, limit: float | None, dtype: torch.dtype
+) -> None:
     rows, capacity, width, columns = 33, 50, 72, 200
     x = 1 + rand(rows * merge, width, dtype=dtype)
     weight = rand(columns, merge * width, dtype=dtype) / 8
     pieces = weight.float().view(columns, max(groups, 1), -1).sum(2).T.contiguous()
     sums, colsum = (sums_of(x, 2), pieces) if groups else (None, None)
-    args = [x, sums, weight, rand(columns), colsum]
+    args = [x, sums, None, weight, rand(columns), colsum]
     ins = [grown(x, capacity * merge), None if sums is None else grown(sums, capacity * merge, 2), *args[2:]]
-    options = {"merge": merge, "groups": groups, "eps": 1e-6, "centred": centred, "activation": activation}
-    y = blank(capacity, columns, dtype=dtype)
-    linear.linear(y, *ins, **options, count=count(rows))
+    options = {
+        "merge": merge, "groups": groups, "eps": 1e-6, "centred": centred, "activation": activation,
+        "gated": gated, "limit": limit,
+    }  # fmt: skip
+    y = blank(capacity, columns // (1 + gated), dtype=dtype)
+    linear.linear(y, *ins, **options, count=count(rows))  # type: ignore[arg-type]
     check(y[:rows], linear.linear_ref, args, **options)
     assert (y[rows:] == blank(1, dtype=dtype)).all()
+
+
+@DTYPES
+def test_linear_stores_merged_rows_elsewhere(dtype: torch.dtype) -> None:
+    rows, columns = 33, 96
+    x, weight = rand(rows, 64, dtype=dtype), rand(columns, 64, dtype=dtype) / 8
+    places = torch.randperm(rows, generator=torch.Generator().manual_seed(4)).int()
+    source = (4 * places[:, None] + torch.arange(4, dtype=torch.int32)).flatten()
+    options = {
+        "merge": 1, "groups": 0, "eps": 0.0, "centred": True, "activation": "none", "gated": False, "limit": None,
+        "scatter": 4,
+    }  # fmt: skip
+    args = [x, None, source, weight, rand(columns), None]
+    y = blank(50, columns, dtype=dtype)
+    linear.linear(y, grown(x, 50), None, lost(source, 200), *args[3:], **options, count=count(rows))  # type: ignore[arg-type]
+    check(y[:rows], linear.linear_ref, args, **options)
+    straight = linear.linear_ref(x, None, None, *args[3:], **options)  # type: ignore[arg-type]
+    assert torch.allclose(y[places.long()].float(), straight.float(), atol=2e-2)
+    assert (y[rows:] == blank(1, dtype=dtype)).all()
+
+
+# --- rows ---------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("width", "centred", "activation", "taps", "scattered", "summed"),
+    [
+        (64, True, "none", 0, False, False), (200, False, "none", 16, False, True), (96, True, "gelu", 0, False, False),
+        (72, True, "none", 0, True, False), (130, False, "none", 0, True, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_norm(
+    width: int, centred: bool, activation: str, taps: int, scattered: bool, summed: bool, dtype: torch.dtype
+) -> None:
+    rows, capacity, parts = 9, 14, -(-width // 64)
+    x = 2 + rand(rows, width, dtype=dtype)
+    source = torch.randperm(rows, generator=torch.Generator().manual_seed(2)).int() if scattered else None
+    index, weight, positions = taps_of(rows, taps, width, dtype) if taps else (None, None, None)
+    beta = rand(width, seed=2) if centred else None
+    args = [x, source, index, weight, 1 + 0.2 * rand(width, seed=1), beta, positions]
+    ins = [
+        grown(x, capacity), None if source is None else lost(source, capacity),
+        None if index is None else lost(index, capacity), None if weight is None else grown(weight, capacity),
+        *args[4:],
+    ]  # fmt: skip
+    options = {"eps": 1e-5, "centred": centred, "activation": activation}
+    y = blank(capacity, width, dtype=dtype) if scattered else ins[0]  # else in place
+    sums = blank(2, parts, capacity) if summed else None
+    norm.norm(y, sums, *ins, **options, count=count(rows))  # type: ignore[arg-type]
+    check(y[:rows], norm.norm_ref, args, 0, **options)  # type: ignore[index]
+    if sums is not None:
+        ordered = y[:rows] if source is None else y[source.long()]  # type: ignore[index]
+        want = patch_embed.row_sums_ref(ordered)[:, 0]
+        assert torch.allclose(sums[:, :, :rows].sum(1), want, rtol=1e-4, atol=1e-3)
+        assert (sums[:, :, rows:] == SENTINEL).all()
+    assert (y[rows:] == blank(1, dtype=dtype)).all() if scattered else y[rows:].isnan().all()  # type: ignore[index]
+
+
+@DTYPES
+@pytest.mark.parametrize("summed", [False, True], ids=["", "sums"])
+@pytest.mark.parametrize("scattered", [False, True], ids=["in order", "scattered"])
+def test_pool(scattered: bool, summed: bool, dtype: torch.dtype) -> None:
+    pack = [Item(t, h, w, t, pooled=t) for t, h, w in [(3, 4, 6), (1, 2, 2), (4, 2, 4), (2, 4, 4)]]
+    rows, merged, width, capacity = sum(i.rows for i in pack), sum(i.merged for i in pack), 72, 180
+    numbers = torch.tensor(table(pack, 64), dtype=torch.int32)
+    padded = torch.cat([numbers, torch.full((3 * unfold.FIELDS,), 1 << 20, dtype=torch.int32)])
+    x = rand(rows, width, dtype=dtype)
+    source = torch.randperm(rows, generator=torch.Generator().manual_seed(2)).int() if scattered else None
+    y, sums = blank(capacity // 4, 4, width, dtype=dtype), blank(2, 2, capacity) if summed else None
+    ins = [grown(x, capacity), None if source is None else lost(source, capacity), padded]
+    pool.pool(y, sums, *ins, patches=4, count=count(merged))  # type: ignore[arg-type]
+    check(y[:merged], pool.pool_ref, [x, source, numbers], 0, patches=4)
+    assert (y[merged:] == blank(1, dtype=dtype)).all()
+    if sums is not None:
+        want = patch_embed.row_sums_ref(y[:merged].flatten(0, 1))[:, 0]
+        assert torch.allclose(sums[:, :, : 4 * merged].sum(1), want, rtol=1e-4, atol=1e-3)
+        assert (sums[:, :, 4 * merged :] == SENTINEL).all()
 
 
 # --- attention ----------------------------------------------------------------
 
 
+def tiles_of(pack: list[Item], tile: int, window: int = 0) -> torch.Tensor:
+    """Attention tiles of a pack: of frames and clips, or of windows."""
+    found = unfold.unfold_ref(
+        torch.tensor(table(pack, tile), dtype=torch.int32), None, merge=2, raster=False, class_token=False,
+        window=window, interleaved=False, side=2, align_corners=True, taps=0, tile=tile,
+    )  # fmt: skip
+    chosen = found[6 if window else 5]
+    assert chosen is not None
+    return chosen
+
+
 @DTYPES
 @pytest.mark.parametrize(
-    ("head_dim", "heads", "kv_heads"),
-    [(16, 1, 1), (64, 2, 2), (72, 2, 1), (80, 1, 1), (88, 1, 1), (96, 1, 1), (128, 1, 1)],
-)
-def test_attention(head_dim: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    ("head_dim", "heads", "kv_heads", "window"),
+    [
+        (16, 1, 1, 0), (64, 2, 2, 0), (72, 2, 1, 0), (80, 1, 1, 0), (88, 1, 1, 0), (96, 1, 1, 0), (128, 1, 1, 0),
+        (80, 2, 2, 8), (64, 4, 2, 4),
+    ],
+)  # fmt: skip
+def test_attention(head_dim: int, heads: int, kv_heads: int, window: int, dtype: torch.dtype) -> None:
     from fused_vit.kernels.config import attention_config
 
-    block, capacity = attention_config(head_dim, dtype, 80).block_m, 260
-    numbers = torch.tensor(table(PACK, 2, block), dtype=torch.int32)
-    tiles = unfold.unfold_ref(numbers, torch.ones(4), merge=2, raster=False, interleaved=False, side=2, tile=block)[4]
+    block, capacity = attention_config(head_dim, dtype, 80, window > 0).block_m, 260
+    tiles = tiles_of(PACK, block, window)
     x = rand(heads + 2 * kv_heads, ROWS, head_dim, dtype=dtype)
     x[:heads] *= 0.4
     nowhere = torch.cat([tiles, torch.full((3, 4), 1 << 20, dtype=torch.int32)])
     out = blank(capacity, heads * head_dim, dtype=dtype)
-    attention.attention(out, grown(x, capacity, 1), nowhere, heads=heads, count=count(len(tiles)))
-    check(out[:ROWS], attention.attention_ref, [x, tiles], heads=heads)
+    options = {"heads": heads, "windowed": window > 0}
+    attention.attention(out, grown(x, capacity, 1), nowhere, **options, count=count(len(tiles)))  # type: ignore[arg-type]
+    check(out[:ROWS], attention.attention_ref, [x, tiles], **options)
     assert (out[ROWS:] == blank(1, dtype=dtype)).all()
 
 
 def test_a_nan_segment_leaves_its_neighbours_alone() -> None:
-    numbers = torch.tensor(table(PACK, 2, 64), dtype=torch.int32)
-    tiles = unfold.unfold_ref(numbers, torch.ones(4), merge=2, raster=False, interleaved=False, side=2, tile=64)[4]
+    tiles = tiles_of(PACK, 64)
     x, out = rand(3, ROWS, 72), blank(ROWS, 72)
-    want = attention.attention_ref(x, tiles, heads=1)
+    want = attention.attention_ref(x, tiles, heads=1, windowed=False)
     x[:, 4:52] = NAN
-    attention.attention(out, x, tiles, heads=1, count=count(len(tiles)))
+    attention.attention(out, x, tiles, heads=1, windowed=False, count=count(len(tiles)))
     assert torch.allclose(out[:4], want[:4], atol=1e-5) and torch.allclose(out[52:], want[52:], atol=1e-5)
     assert out[4:52].isnan().all()
 
 
-# --- the whole plan -----------------------------------------------------------
+# --- whole plans --------------------------------------------------------------
+
+LAYER, RMS = NormSpec("layer", 1e-6), NormSpec("rms", 1e-5)
+BICUBIC = PositionSpec(5, "bicubic", align_corners=False)
+STILLS = [[[1, 2, 2], [1, 10, 14], [1, 4, 6]], [[1, 4, 4]], [[2, 6, 4], [1, 2, 2]]]
 
 
-def test_a_plan_in_a_poisoned_slab_equals_its_definition() -> None:
-    norm = NormSpec("layer", 1e-6)
-    spec = TowerSpec(
-        depth=2, width=48, patch=PatchSpec(4, 2), position=PositionSpec(5), norm=norm,
-        attention=AttentionSpec(2, 2, 24), rope=RopeSpec(), mlp=MlpSpec(100, "gelu_tanh"),
-        merger=MergerSpec(2, 40, norm), deepstack=(0,),
-    )  # fmt: skip
-    from fused_vit.towers import _tensors
+def spec_of(**parts: Any) -> TowerSpec:
+    """Two blocks 48 wide."""
+    fields = {
+        "depth": 2, "width": 48, "patch": PatchSpec(4, 2), "position": PositionSpec(5), "norm": LAYER,
+        "attention": AttentionSpec(2, 2, 24), "rope": RopeSpec(), "mlp": MlpSpec(100, "gelu_tanh"),
+        "merger": MergerSpec(40, LAYER),
+    }  # fmt: skip
+    return TowerSpec(**(fields | parts))
 
-    source = {(p, i): rand(*s, seed=i) * 0.2 + ("norm" in p and p.endswith("weight")) for p, i, s in _tensors(spec)}
+
+GATED = MlpSpec(52, "silu", gated=True, bias=False, limit=0.5)
+MOON = {
+    "patch": PatchSpec(4, order="raster"), "attention": AttentionSpec(2, 2, 24, segments="clip"),
+    "rope": RopeSpec(layout="w_h_interleaved"), "final_norm": LAYER, "position": PositionSpec(5, "bicubic", False, 4),
+}  # fmt: skip
+FLAT = {"patch": PatchSpec(4, order="raster"), "merge": 1, "rope": None, "merger": None, "position": BICUBIC}
+PLANS = {
+    "deepstack": spec_of(deepstack=(0,)),
+    "windows": spec_of(
+        position=None, norm=RMS, mlp=MlpSpec(52, "silu", gated=True), merger=MergerSpec(40, RMS),
+        attention=AttentionSpec(4, 2, 16, windows=WindowSpec(4, (1,))),
+    ),
+    "patch norm, conv merger": spec_of(
+        patch=PatchSpec(4, 2, norm=RMS), position=BICUBIC, norm=RMS, mlp=GATED, merger=ConvMergerSpec(40, RMS, GATED),
+        attention=AttentionSpec(2, 2, 24, bias=False),
+    ),
+    "q/k norm": spec_of(attention=AttentionSpec(3, 3, 16, qk_norm=RMS), position=None),
+    "clips": spec_of(**MOON, merger=PoolSpec()),
+    "clips, projector": spec_of(**MOON, merger=PoolSpec(MergerSpec(40, LAYER))),
+    "no rotation, hidden state": spec_of(**FLAT, final_norm=LAYER, hidden_state=True),
+    "class token, layer scale": spec_of(**FLAT, class_token=True, layer_scale=True),
+    "blocks, no merger": spec_of(merger=None, final_norm=LAYER, position=None, patch=PatchSpec(4, bias=False)),
+}  # fmt: skip
+
+
+def random_part(part: Part) -> torch.Tensor:
+    value = rand(*part.shape, seed=part.block + len(part.name))
+    near_one = (part.name.endswith("weight") and len(part.shape) == 1) or part.name.startswith("block.scale")
+    return 1 + 0.2 * value if near_one else value * part.shape[-1] ** -0.5
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_in_a_poisoned_slab_equals_its_definition(name: str) -> None:
+    spec = PLANS[name]
+    source = {(p.name, p.block): random_part(p) for p in parts(spec)}
     weights = pack_tower(spec, lambda part, i: source[part, i], dtype=torch.float32)
-    plan, bucket = build_plan(spec), Bucket(300, 24)
+    plan, bucket = build_plan(spec), Bucket(300, 40)
     workspace = Workspace(plan, bucket, torch.float32, torch.device("cpu"), 64)
     workspace.slab.fill_(0xFF)
     buffers = workspace.buffers(bucket)
-    for pack in (PACK, [Item(1, 4, 4, 1)], PACK[::-1]):
-        rows = sum(item.rows for item in pack)
-        numbers = torch.tensor(table(pack, 2, 64), dtype=torch.int32)
+    for grid in STILLS:
+        patches = sum(t * h * w for t, h, w in grid)
+        pack = items(spec, grid, patches)
+        numbers = torch.tensor(table(pack, 64), dtype=torch.int32)
         buffers["table"][: len(numbers)] = numbers
-        buffers["pixels"][:rows] = pixels = rand(rows, spec.patch.features)
+        buffers["pixels"][:patches, : spec.patch.features] = pixels = rand(patches, spec.patch.features)
         launch(plan, weights, buffers, 64)
-        for name, want in zip(plan.outputs, define(plan, weights, pixels, pack), strict=True):
-            assert (buffers[name][: len(want)] - want).norm() <= 1e-5 * want.norm(), name
+        for output, want in zip(plan.outputs, define(plan, weights, pixels, pack), strict=True):
+            if want is not None:
+                assert (buffers[output][: len(want)] - want).norm() <= 1e-5 * want.norm(), output

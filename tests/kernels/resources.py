@@ -24,8 +24,9 @@ from triton.runtime.jit import JITFunction
 from fused_vit.buckets import Bucket
 from fused_vit.executor import launch_step
 from fused_vit.kernels import attention, config, linear, patch_embed, qkv, residual
+from fused_vit.layouts import parts
 from fused_vit.plan import Plan, build_plan
-from fused_vit.towers import _tensors, parse_config
+from fused_vit.towers import parse_config
 from fused_vit.weights.pack import pack_tower
 from fused_vit.workspace import shapes
 
@@ -33,13 +34,32 @@ TABLE = Path(__file__).with_name("resources.json")
 ARCHES = (80, 90, 100)
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TOWERS = {
-    "8B": {"depth": 1, "out_hidden_size": 4096, "deepstack_visual_indexes": [0]},
+# One block of each kind that a tower has, at published sizes: config.json's vision part (and what a projector needs).
+QWEN2_5 = {"hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": 3584}
+TOWERS: dict[str, dict[str, Any]] = {
+    "8B": {"model_type": "qwen3_vl", "depth": 1, "out_hidden_size": 4096, "deepstack_visual_indexes": [0]},
     "2B": {
-        "depth": 1, "out_hidden_size": 2048, "hidden_size": 1024, "intermediate_size": 4096,
+        "model_type": "qwen3_vl", "depth": 1, "out_hidden_size": 2048, "hidden_size": 1024, "intermediate_size": 4096,
         "deepstack_visual_indexes": [0],
     },
+    "Qwen3.5-0.8B": {
+        "model_type": "qwen3_5", "depth": 1, "hidden_size": 768, "num_heads": 12, "intermediate_size": 3072,
+        "out_hidden_size": 1024,
+    },
+    "Qwen2.5-VL-7B": {"model_type": "qwen2_5_vl", "depth": 2, "fullatt_block_indexes": [1], **QWEN2_5},
+    "EXAONE": {
+        "model_type": "exaone4_5", "depth": 1, "fullatt_block_indexes": [0], **QWEN2_5, "num_key_value_heads": 8,
+    },
+    "GLM-4.1V": {"model_type": "glm4v", "depth": 1},
+    "GLM-5.3-Flash": {"model_type": "glm5_next", "depth": 1, "out_hidden_size": 4096},
+    "Kimi-K2.5": {"model_type": "kimi_k25", "vt_num_hidden_layers": 1, "text_config": {"hidden_size": 7168}},
+    "InternViT": {"model_type": "intern_vit_6b", "num_hidden_layers": 1, "qkv_bias": True},
+    "SigLIP": {
+        "model_type": "siglip_vision_model", "num_hidden_layers": 1, "hidden_size": 1152, "num_attention_heads": 16,
+        "intermediate_size": 4304, "patch_size": 14, "image_size": 378,
+    },
 }  # fmt: skip
+PLAIN = ("unfold", "norm", "pool")  # kernels that multiply no matrices
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 
 
@@ -54,26 +74,20 @@ class Launch:
 
 
 def launches(tower: str, tokens: int, arch: int) -> Iterator[Launch]:
-    """Every distinct launch of a one-block tower in a bucket, recorded instead of run, on tensors without data."""
-    spec = parse_config({"model_type": "qwen3_vl", "vision_config": TOWERS[tower]})
-    source = {(part, i): torch.empty(shape, device="meta") for part, i, shape in _tensors(spec)}
+    """Every launch of a tower of a block or two in a bucket, recorded instead of run, on tensors without data."""
+    fields = TOWERS[tower]
+    spec = parse_config(fields, projector="text_config" in fields)
+    source = {(p.name, p.block): torch.empty(p.shape, device="meta") for p in parts(spec)}
     weights = pack_tower(spec, lambda part, i: source[part, i], dtype=torch.bfloat16, device="meta")
-    plan, seen = build_plan(spec), set()
+    plan = build_plan(spec)
     tile = config.attention_config(spec.attention.head_dim, torch.bfloat16, arch).block_m
     buffers = meta_buffers(plan, Bucket(tokens, 64), tile)
     for step in plan.steps:
         with record(arch) as recorded:
             launch_step(step, weights, buffers, tile)
         kernel, arguments, options = recorded[0]
-        label = f"{tower} {tokens} {step.name.removeprefix('block.0.')}"
-        key = (
-            kernel.fn.__name__,
-            str(sorted((k, str(v)) for k, v in described(kernel, arguments).items())),
-            str(options),
-        )
-        if key not in seen:
-            seen.add(key)
-            yield Launch(label, kernel, arguments, options)
+        label = f"{tower} {tokens} {step.op} {step.name.removeprefix('block.0.')}"
+        yield Launch(label, kernel, arguments, options)
 
 
 def meta_buffers(plan: Plan, bucket: Bucket, tile: int) -> dict[str, torch.Tensor]:
@@ -151,12 +165,22 @@ def resources(launch: Launch, arch: int) -> dict[str, int]:
 
 
 def cases() -> Iterator[tuple[str, int, Launch]]:
-    """(key, arch, launch): every bucket class of the 8B on sm_90, one of each tower on the others."""
+    """(key, arch, launch): the 8B in every class of bucket on sm_90, the rest in a large one; each kernel form once.
+
+    Towers share most forms; on the other architectures those of the 8B and the most unlike towers stand for them.
+    """
+    seen = set()
     for arch in ARCHES:
-        for tower, tokens in (("8B", 256), ("8B", 2048), ("8B", 8192), ("2B", 8192)):
-            if arch == 90 or (tokens, tower) == (8192, "8B"):
+        for tower in TOWERS:
+            for tokens in (256, 2048, 8192) if (arch, tower) == (90, "8B") else (8192,):
+                if arch != 90 and tower not in ("8B", "Qwen2.5-VL-7B", "GLM-5.3-Flash"):
+                    continue
                 for launch in launches(tower, tokens, arch):
-                    yield f"sm_{arch} {launch.label}", arch, launch
+                    about = sorted((k, str(v)) for k, v in described(launch.kernel, launch.arguments).items())
+                    form = (arch, launch.kernel.fn.__name__, str(about), str(launch.options))
+                    if form not in seen:
+                        seen.add(form)
+                        yield f"sm_{arch} {launch.label}", arch, launch
 
 
 def main() -> None:
