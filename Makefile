@@ -39,6 +39,8 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m bench.encoder
 	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.families
+	$(BIN)/python -m bench.support --measure
 
 wheel: $(STAMP)
 	rm -rf build/lib build/bdist.*

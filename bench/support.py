@@ -14,7 +14,9 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 CPU, GPU = ROOT / "bench/results/families_cpu.json", ROOT / "bench/results/families.json"
+PAGES = (ROOT / "README.md", ROOT / "docs/support.md")
 START, END = "<!-- support:start -->", "<!-- support:end -->"
+SPEED_START, SPEED_END = "<!-- speed:start -->", "<!-- speed:end -->"
 HEAD = ("family", "sizes", "transformers class", "input", "CPU", "GPU, bf16", "notes")
 
 
@@ -72,10 +74,38 @@ def _gpu(cases: dict[str, Any]) -> str:
     return f"{row['error']:.1e} / {row['hf_error']:.1e}" + ("" if "wall_ms" in row else ", too large")
 
 
+def speeds() -> str:
+    """Every family's case set in markdown: wall time, how many times its floor, and the reference's."""
+    report = json.loads(GPU.read_text())
+    roof, environment = report["ceilings"], report["environment"]
+    names = list(next(iter(report["families"].values()))["cases"])
+    lines = [f"| family | {' | '.join(names)} |", "|" + "---|" * (1 + len(names))]
+    for family, measured in report["families"].items():
+        cells = [
+            f"{row['wall_ms']:.1f} ms ({row['wall_ms'] / row['floor_ms']:.1f}x; {row['hf_wall_ms']:.0f} ms)"
+            if "wall_ms" in row
+            else "wrong"
+            for row in measured["cases"].values()
+        ]
+        lines.append(f"| {family} | {' | '.join(cells)} |")
+    about = (
+        f"One call from Python until the device is idle, median, bf16; in brackets how many times the tower's floor "
+        f"that is (useful FLOPs at the measured {roof['tflops']:.0f} TFLOP/s, or weights at {roof['tbs']:.2f} TB/s) "
+        f"and the reference's own time (transformers with sdpa; for Kimi-VL the tests' plain torch). Random weights at "
+        f"one checkpoint's sizes, on one {environment['device']}, torch {environment['torch']}, triton "
+        f"{environment['triton']} (`{GPU.relative_to(ROOT)}`). InternVL and SigLIP get 1080p as tiles."
+    )
+    return "\n".join([*lines, "", about])
+
+
 def written(path: Path) -> str:
-    """A file with its matrix as it should be."""
-    before, rest = path.read_text().split(START)
-    return f"{before}{START}\n{table()}\n{rest[rest.index(END) :]}"
+    """A file with its generated parts as they should be."""
+    text = path.read_text()
+    for start, end, part in ((START, END, table), (SPEED_START, SPEED_END, speeds)):
+        if start in text:
+            before, rest = text.split(start)
+            text = f"{before}{start}\n{part()}\n{rest[rest.index(end) :]}"
+    return text
 
 
 def main() -> None:
@@ -83,7 +113,7 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true")
     if parser.parse_args().measure:
         CPU.write_text(json.dumps(measure(), indent=1) + "\n")
-    for path in (ROOT / "README.md", ROOT / "docs/support.md"):
+    for path in PAGES:
         path.write_text(written(path))
 
 

@@ -677,7 +677,8 @@ TOWERS: tuple[Tower, ...] = (
     ),
     Tower(
         "EXAONE-4.5", ("exaone4_5", "exaone4_5_vision"), ("Exaone4_5_VisionModel",), ("33B",),
-        (_QWEN2_5,), _parse_exaone, notes="last_hidden_state is in window order, as in transformers",
+        (_QWEN2_5,), _parse_exaone,
+        notes="last_hidden_state is in window order, as in transformers; measured at guessed sizes",
     ),
     Tower(
         "InternVL", ("internvl", "internvl_vision", "internvl_chat", "intern_vit_6b"), ("InternVLVisionModel",),

@@ -88,7 +88,7 @@ def test_replay_equals_eager_bit_for_bit_on_a_poisoned_slab(encoder) -> None:  #
         bucket = next(b for b in encoder.buckets if b.holds(len(pixels), sum(i.segments for i in pack)))
         buffers = encoder._graph(bucket).buffers
         encoder._workspace.slab.fill_(0xFF)
-        integers = torch.tensor(table(pack, 2, encoder.tile), dtype=torch.int32)
+        integers = torch.tensor(table(pack, encoder.tile), dtype=torch.int32)
         buffers["table"][: len(integers)].copy_(integers)
         buffers["pixels"][: len(pixels)].copy_(pixels)
         launch(encoder.plan(), encoder.weights, buffers, encoder.tile)
