@@ -1,6 +1,7 @@
 """Suite: what runs of the GPU tests said, from pytest's junit files, as one JSON with device, versions and commits.
 
-python -m pytest -m gpu --junitxml=gpu.xml; python -m bench.suite COMMIT:gpu.xml ... --environment bench/results/families.json
+python -m pytest -m gpu --junitxml=gpu.xml
+python -m bench.suite COMMIT:gpu.xml ... --environment bench/results/families.json
 A later run of a test stands for an earlier one.
 """
 

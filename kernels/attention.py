@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .config import attention_config, device_arch, precision
+from .config import attention_config, device_arch, multiprocessors, precision
 
 
 def attention_ref(qkv: torch.Tensor, tiles: torch.Tensor, *, heads: int, windowed: bool) -> torch.Tensor:
@@ -41,6 +41,14 @@ def attention(
     total, rows, head_dim = qkv.shape
     c = attention_config(head_dim, qkv.dtype, device_arch(qkv.device), windowed)
     first, rest = split_head(head_dim)
+    if c.gluon:
+        from .hopper_attention import hopper_attention  # another triton may not have what it imports
+
+        hopper_attention(
+            out, qkv, tiles, heads=heads, first=first, rest=rest, block_n=c.block_n, buffers=c.stages,
+            programs=multiprocessors(qkv.device), count=count,
+        )  # fmt: skip
+        return
     attention_kernel[(tiles.shape[0], heads)](
         out, qkv, tiles, count, rows,
         HEADS=heads, KV_HEADS=(total - heads) // 2, HEAD_DIM=head_dim, FIRST=first, REST=rest,

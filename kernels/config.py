@@ -28,6 +28,7 @@ class AttentionConfig:
     block_n: int
     warps: int
     stages: int
+    gluon: bool = False  # kernels.hopper_attention, with as many buffers as stages
 
 
 # op -> (rows of the bucket up to, config); the first row that fits is taken. On sm_90, qkv, linear and residual were
@@ -67,9 +68,11 @@ _GEMM_32BIT = GemmConfig(64, 64, 32, 4, 2)
 
 _ATTENTION_16BIT: dict[int, tuple[tuple[int, AttentionConfig], ...]] = {  # head dim up to -> config
     80: ((96, AttentionConfig(128, 64, 8, 2)), (128, AttentionConfig(128, 64, 8, 2))),
-    90: ((96, AttentionConfig(64, 64, 4, 3)), (128, AttentionConfig(128, 64, 8, 2))),
+    90: ((80, AttentionConfig(128, 128, 4, 3, gluon=True)), (128, AttentionConfig(128, 128, 4, 2, gluon=True))),
     100: ((96, AttentionConfig(128, 64, 8, 3)), (128, AttentionConfig(128, 64, 8, 2))),
 }
+# where this triton's Gluon is not the one that kernels.hopper_attention was written for
+_ATTENTION_WITHOUT_GLUON = ((96, AttentionConfig(64, 64, 4, 3)), (128, AttentionConfig(128, 64, 8, 2)))
 _ATTENTION_32BIT = AttentionConfig(64, 32, 4, 1)
 _ATTENTION_WINDOW = AttentionConfig(64, 64, 4, 1)  # a window is one tile of at most 64 rows against itself
 
@@ -91,7 +94,27 @@ def attention_config(head_dim: int, dtype: torch.dtype, arch: int, windowed: boo
         return _ATTENTION_32BIT
     if windowed:
         return _ATTENTION_WINDOW
-    return next(config for most, config in _ATTENTION_16BIT[_generation(arch)] if head_dim <= most)
+    table = _ATTENTION_16BIT[_generation(arch)]
+    if table[0][1].gluon and not has_gluon():
+        table = _ATTENTION_WITHOUT_GLUON
+    return next(config for most, config in table if head_dim <= most)
+
+
+@lru_cache
+def has_gluon() -> bool:
+    """Whether triton has Gluon under the names of 3.6; they change between releases."""
+    try:
+        from triton.experimental.gluon.language.nvidia import hopper
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    except ImportError:
+        return False
+    return hasattr(hopper.tma, "async_copy_global_to_shared") and hasattr(TensorDescriptor, "from_tensor")
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; an H100's where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 @lru_cache

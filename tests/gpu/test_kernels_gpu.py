@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import pytest
@@ -134,6 +135,46 @@ def test_each_step_matches_its_definition(name: str, grid: str, kind: str) -> No
                 floor = torch.finfo(dtype).eps / 4 if name == "sums" else 4e-6
             error, allowed = relative(got, truth), 2 * relative(peer, truth) + floor
             assert error <= allowed, f"{step.name} {name}: relative error {error:.2e}, allowed {allowed:.2e}"
+
+
+SEGMENTS = (60, 300, 1, 128, 4096, 129, 1000, 2)
+
+
+@pytest.mark.parametrize("gluon", [True, False], ids=["gluon", "plain"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_heads"), [(64, 16, 16), (72, 16, 16), (80, 16, 8), (88, 8, 8), (96, 8, 8), (128, 12, 12)]
+)
+def test_attention_in_both_forms(
+    head_dim: int, heads: int, kv_heads: int, kind: str, gluon: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ragged segments, NaN past the last row, nothing stored there, and the same bits every time."""
+    from fused_vit.kernels import attention, config
+
+    monkeypatch.setattr(config, "has_gluon", lambda: gluon)
+    dtype, rows = getattr(torch, kind), sum(SEGMENTS)
+    chosen = config.attention_config(head_dim, dtype, config.device_arch(torch.device("cuda", 0)))
+    if chosen.gluon != gluon:
+        pytest.skip("this GPU has no such form")
+    ends = torch.tensor((0, *SEGMENTS)).cumsum(0).tolist()
+    step = chosen.block_m
+    spans = [(q, min(q + step, b), a, b) for a, b in itertools.pairwise(ends) for q in range(a, b, step)]
+    tiles = torch.tensor(spans, dtype=torch.int32, device="cuda")
+    qkv = torch.randn(heads + 2 * kv_heads, rows + 200, head_dim, device="cuda")
+    qkv[:heads] *= head_dim**-0.5 * 1.4427
+    qkv[:, rows:] = float("nan")
+    qkv, out = qkv.to(dtype), torch.full((rows + 200, heads * head_dim), 7.0, dtype=dtype, device="cuda")
+    count = torch.tensor([len(tiles)], dtype=torch.int32, device="cuda")
+    nowhere = torch.cat([tiles, torch.full((9, 4), 1 << 20, dtype=torch.int32, device="cuda")])
+    attention.attention(out, qkv, nowhere, heads=heads, windowed=False, count=count)
+    first = out.clone()
+    for _ in range(10):
+        out.fill_(7.0)
+        attention.attention(out, qkv, nowhere, heads=heads, windowed=False, count=count)
+        assert torch.equal(out, first)
+    truth = attention.attention_ref(qkv[:, :rows].double(), tiles, heads=heads, windowed=False)
+    own = attention.attention_ref(qkv[:, :rows], tiles, heads=heads, windowed=False)
+    assert relative(out[:rows], truth) <= 2 * relative(own, truth) and (out[rows:] == 7).all()
 
 
 def run(ref, step: Step, reads: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], options):  # type: ignore[no-untyped-def]

@@ -19,6 +19,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fused_vit.buckets import Bucket
@@ -108,7 +111,7 @@ class record:
     @staticmethod
     def run_in_place(into: list[Any]) -> Any:
         def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-            options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+            options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in kwargs}
             into.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options))
 
         return run
@@ -133,6 +136,8 @@ def described(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, torch.Tensor):
             aligned = value.storage_offset() * value.itemsize % 16 == 0
             found[p.name] = (_TYPES[value.dtype], aligned)
+        elif isinstance(value, TensorDescriptor):
+            found[p.name] = (str(value.block_shape), str(value.layout))
         elif isinstance(value, float):
             found[p.name] = ("fp32", False)
         else:
@@ -140,8 +145,24 @@ def described(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+class _Target:
+    """A driver without a GPU: what triton's JIT asks before it compiles."""
+
+    def __init__(self, arch: int) -> None:
+        self.get_current_target = lambda: GPUTarget("cuda", arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
 def compiled(launch: Launch, arch: int) -> Any:
     """The kernel compiled as the launch would, for a GPU that need not be there."""
+    if isinstance(launch.kernel, GluonJITFunction):  # its descriptors have types that only its own JIT spells
+        with mock.patch.object(driver, "_active", _Target(arch)):
+            return launch.kernel.warmup(grid=(1,), **launch.arguments, **launch.options)
     about = described(launch.kernel, launch.arguments)
     names = list(about)
     signature = {name: kind for name, (kind, _) in about.items()}

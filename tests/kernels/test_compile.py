@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 
 import pytest
+import torch
 import triton
 
 from tests.kernels import resources
@@ -36,3 +37,12 @@ def test_resources_stay_within_the_table(arch: int) -> None:
             worse[key].append(f"no {resources.TENSOR_CORE[arch]} in the PTX")
     assert not worse, dict(worse)
     assert keys == {key for key in EXPECTED if key.startswith(f"sm_{arch} ")}, "run python -m tests.kernels.resources"
+
+
+def test_without_gluon_hopper_runs_the_portable_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_vit.kernels import config
+
+    assert config.attention_config(72, torch.bfloat16, 90).gluon == config.has_gluon()
+    monkeypatch.setattr(config, "has_gluon", lambda: False)
+    assert not any(config.attention_config(d, torch.float16, 90).gluon for d in (64, 72, 80, 88, 96, 128))
+    assert not any(config.attention_config(72, torch.bfloat16, arch).gluon for arch in (80, 86, 89, 100, 120))
