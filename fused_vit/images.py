@@ -31,7 +31,9 @@ def processor(spec: TowerSpec, source: str | Path, *, revision: str | None = Non
         found = _processor_class(fields.get("image_processor_type", "Qwen2VLImageProcessor")).from_dict(fields)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source}: its preprocessor_config.json cannot be read ({error})") from error
-    expected = {"patch_size": p.size, "temporal_patch_size": p.temporal, "merge_size": merge}
+    expected = {"patch_size": p.size, "temporal_patch_size": p.temporal}
+    if merge > 1:  # else what the projector behind the tower merges is not the tower's concern
+        expected["merge_size"] = merge
     got = {name: getattr(found, name, value) for name, value in expected.items()}
     if got != expected:
         raise CheckpointError(

@@ -6,6 +6,8 @@ The bound is Hugging Face's own error: twice what its tower loses in the encoder
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from .errors import CheckpointError
 from .executor import launch_step, trace
 from .packing import ROWS, TILES, Item, items, table
 from .plan import Step
-from .towers import find_tower, parse_config, vision_config
+from .towers import Tower, find_tower, parse_config, vision_config
 from .weights.checkpoint import Checkpoint
 from .weights.read import state_of
 from .workspace import Workspace
@@ -71,12 +73,14 @@ def hf_tower(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
         raise ImportError(f"comparing needs transformers: pip install 'fused-vit[hf]' ({error})") from error
     row, spec = find_tower(checkpoint.config), parse_config(checkpoint.config)
     read, _ = read_tower(checkpoint, row, spec)
-    cls: Any = next((c for name in row.hf_classes if (c := getattr(transformers, name, None))), None)
+    cls = _hf_class(row)
     if cls is None:
         names = " or ".join(row.hf_classes) or f"class for {row.family}"
         raise ImportError(f"transformers {transformers.__version__} has no {names}: there is nothing to compare with")
     # the hub's Kimi-K2.5 has vt_hidden_size and init_pos_emb_height for what transformers calls without the beginnings
     fields = {k.removeprefix("vt_").removeprefix("init_"): v for k, v in vision_config(checkpoint.config).items()}
+    if "mlp_ratio" in fields:  # the hub's ERNIE has a ratio where transformers wants the width
+        fields.setdefault("intermediate_size", spec.mlp.width)
     config = cls.config_class(**fields)
     config._attn_implementation = "sdpa"
     tower: nn.Module = cls(config).float().eval().requires_grad_(False)
@@ -88,6 +92,18 @@ def hf_tower(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
     if unexpected or any(not name.removeprefix(prefix).startswith(layout.unused or ("\0",)) for name in missing):
         raise CheckpointError(f"transformers' tower does not take the weights: {[*missing, *unexpected][:5]}")
     return tower.to(device)
+
+
+def _hf_class(row: Tower) -> Any:
+    """transformers' class of a tower, in the module that is called as one of its model types; None if it lacks it."""
+    for kind in row.model_types:
+        try:
+            module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+        except ImportError:
+            continue
+        if found := next((c for name in row.hf_classes if (c := getattr(module, name, None))), None):
+            return found
+    return None
 
 
 def random_call(vit: FusedViT, grid: Sequence[Sequence[int]], seed: int = 0) -> torch.Tensor:
@@ -164,7 +180,8 @@ class Peer:
         kind = find_tower({"model_type": tower.config.model_type}).pixels  # type: ignore[union-attr]
         if kind == "images":
             image = rearrange(pixels, "(h w) (c p q) -> 1 c (h p) (w q)", h=grid[1], c=p.channels, p=p.size)
-            resized = {"interpolate_pos_encoding": True} if "Siglip" in type(tower).__name__ else {}
+            resizes = "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters  # not by itself
+            resized = {"interpolate_pos_encoding": True} if resizes else {}
             return tower(image, **resized)
         if kind == "patches":
             pixels = pixels.view(-1, p.channels, p.size, p.size)

@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 import fused_vit
 from fused_vit.errors import CheckpointError, InputError, SpecError
 from fused_vit.output import VisionOutput
+from fused_vit.parity import Peer, hf_tower, random_call
 from fused_vit.towers import TOWERS, parse_config
+from fused_vit.weights.checkpoint import Checkpoint
 from tests.families import FAMILIES, OTHER_HUB_LAYOUTS, Family, available, build, pixels, projector
 
 HERE = [family for family in FAMILIES if available(family)]
@@ -123,6 +125,18 @@ def test_images_do_not_meet(family: Family, tmp_path: Path) -> None:
     for one, part, row in zip(together, x.split([t * h * w for t, h, w in grid]), grid, strict=True):
         alone = vit(part, [row]).split()[0]
         assert alone.shape == one.shape and float((alone - one).norm() / one.norm()) <= 1e-6
+
+
+@pytest.mark.parametrize("family", [f for f in HERE if f.module], ids=[f.name for f in HERE if f.module])
+def test_check_finds_transformers_tower_the_same_at_every_step(family: Family, tmp_path: Path) -> None:
+    """What `fused-vit check --steps` does: transformers' module filled from the checkpoint, step beside step."""
+    path = save(tmp_path, *family.hub(build(family, seed=14)))
+    vit = fused_vit.load(path, device="cpu")
+    grid = [row for rows in family.grids.values() for row in rows]
+    peer = Peer(hf_tower(Checkpoint.open(path), vit.device), vit, random_call(vit, grid), grid)
+    rows = [*peer.outputs(), *peer.steps()]
+    assert len(rows) >= 4 * vit.spec.depth
+    assert not [row for row in rows if not row.ok]
 
 
 # --- conventions of processors ---
