@@ -22,8 +22,12 @@ class Bucket:
         return tokens <= self.tokens and segments <= self.segments
 
 
-def ladder(max_tokens: int, per_segment: int = 64) -> tuple[Bucket, ...]:
-    """Powers of two from 256 tokens up to max_tokens (always included), a segment for every `per_segment` tokens."""
+def ladder(max_tokens: int, windowed: bool = False) -> tuple[Bucket, ...]:
+    """Powers of two from 256 tokens up to max_tokens (always included), a segment for every 64 tokens.
+
+    windowed: for every 32, since windows of at most 64 patches are smaller at the edges.
+    """
+    per_segment = 32 if windowed else 64
     if max_tokens <= 0:
         raise InputError(f"max_tokens is {max_tokens}; expected a positive number of patches")
     sizes = [256]

@@ -123,7 +123,8 @@ def _memory(plan: Plan, tensors: TowerTensors, max_tokens: int) -> Table:
     table.add_row("tensors in the checkpoint", f"{tensors.bytes / 2**20:.1f}")
     for dtype, arch in ((torch.bfloat16, 90), (torch.float32, 90)):
         tile = attention_config(plan.spec.attention.head_dim, dtype, arch).block_m
-        size = place(plan, ladder(max_tokens)[-1], dtype.itemsize, tile)[1]
+        largest = ladder(max_tokens, plan.spec.attention.windows is not None)[-1]
+        size = place(plan, largest, dtype.itemsize, tile)[1]
         table.add_row(f"workspace for {max_tokens} tokens, {str(dtype).removeprefix('torch.')}", f"{size / 2**20:.1f}")
     return table
 

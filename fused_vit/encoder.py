@@ -184,8 +184,8 @@ class FusedViT:
         self.weights = dict(weights)
         weight = weights["patch_embed.weight"]
         self.dtype, self.device = weight.dtype, weight.device
-        per_segment = 32 if spec.attention.windows else 64  # windows are smaller than 64 patches at the edges
-        self.buckets = as_buckets(buckets) if buckets is not None else ladder(max_tokens, per_segment)
+        windowed = spec.attention.windows is not None
+        self.buckets = as_buckets(buckets) if buckets is not None else ladder(max_tokens, windowed)
         self._plan = build_plan(spec)
         self._outputs = self._plan.output_buffers()
         self._graphs: dict[Bucket, BucketGraph] = {}

@@ -140,6 +140,8 @@ def test_stats_count_and_a_closed_encoder_says_so(tower, pixels) -> None:  # typ
 
 def test_ladders_and_choices() -> None:
     assert [b.tokens for b in ladder(5000)] == [256, 512, 1024, 2048, 4096, 5000]
+    assert [b.segments for b in ladder(4096)] == [16, 16, 16, 32, 64]
+    assert [b.segments for b in ladder(4096, windowed=True)] == [16, 16, 32, 64, 128]
     buckets = as_buckets([4096, (256, 2), Bucket(1024, 8), 4096])
     assert buckets == (Bucket(256, 2), Bucket(1024, 8), Bucket(4096, 64))
     assert choose(buckets, 200, 2) == buckets[0] and choose(buckets, 200, 3) == buckets[1]
