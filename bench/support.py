@@ -93,7 +93,8 @@ def speeds() -> str:
         f"that is (useful FLOPs at the measured {roof['tflops']:.0f} TFLOP/s, or weights at {roof['tbs']:.2f} TB/s) "
         f"and the reference's own time (transformers with sdpa; for Kimi-VL the tests' plain torch). Random weights at "
         f"one checkpoint's sizes, on one {environment['device']}, torch {environment['torch']}, triton "
-        f"{environment['triton']} (`{GPU.relative_to(ROOT)}`). InternVL and SigLIP get 1080p as tiles."
+        f"{environment['triton']} (`{GPU.relative_to(ROOT)}`, commit {environment['commit']}). "
+        f"InternVL and SigLIP get 1080p as tiles."
     )
     return "\n".join([*lines, "", about])
 

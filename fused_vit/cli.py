@@ -19,7 +19,8 @@ from rich.table import Table
 
 from . import __version__
 from .buckets import ladder
-from .encoder import FusedViT, flatten_call, load
+from .calls import flatten_call
+from .encoder import FusedViT, load
 from .errors import FusedVitError, InputError
 from .layouts import choose_layout
 from .packing import items

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("errors", "spec"),
     ("layouts",),
-    ("output", "towers", "packing", "buckets"),
+    ("output", "towers", "packing", "buckets", "calls"),
     ("plan",),
     ("workspace", "executor"),
     ("graphs",),

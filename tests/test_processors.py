@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fused_vit
-from fused_vit.encoder import flatten_call
+from fused_vit.calls import flatten_call
 from fused_vit.images import call_of, processor
 from tests.families import FAMILIES, available, build
 from tests.test_families import outputs, worst

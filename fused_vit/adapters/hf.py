@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from ..buckets import Bucket
+from ..calls import Grid
 from ..encoder import FusedViT
 from ..errors import FusedVitError, SpecError
 from ..output import VisionOutput
 from ..towers import TOWERS
 
 logger = logging.getLogger("fused_vit")
-Grid = torch.Tensor | Sequence[Sequence[int]]
 UNSEEN = ("output_hidden_states", "output_attentions")  # what fused kernels never write
 
 

@@ -1,0 +1,68 @@
+"""Calls: pixels and grids in every form that processors give them, as patches [patches, features] and (t, h, w)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+
+from .errors import InputError
+from .spec import TowerSpec
+
+Grid = torch.Tensor | Sequence[Sequence[int]]
+
+
+def flatten_call(spec: TowerSpec, pixels: torch.Tensor, grid: Grid | None) -> tuple[torch.Tensor, list[list[int]]]:
+    """pixel_values as [patches, features], and the grid as lists of (t, h, w), of any call that FusedViT takes."""
+    if grid is None:
+        return patches_of_images(spec, pixels)
+    p, shape = spec.patch, tuple(pixels.shape)
+    frames = (p.temporal,) if p.temporal > 1 else ()
+    patch = (p.channels, *frames, p.size, p.size)
+    if shape[-len(patch) :] == patch:
+        shape = (*shape[: -len(patch)], p.features)
+    if len(shape) == 3 and shape[0] == 1 and p.order == "raster":  # such processors keep a batch of one
+        shape = shape[1:]
+    if len(shape) != 2 or shape[1] != p.features:
+        raise InputError(
+            f"pixel_values has shape {list(pixels.shape)}; expected [patches, {p.features}] "
+            f"({p.channels} channels x {p.temporal} frames x {p.size} x {p.size}, as the processor lays them out)"
+        )
+    return pixels.reshape(shape), read_grid(grid, (2, 3) if p.temporal == 1 else (3,))
+
+
+def read_grid(grid: Grid, columns: tuple[int, ...] = (3,)) -> list[list[int]]:
+    """The grid as lists of (t, h, w); where two columns are allowed, they are (h, w) of stills."""
+    if isinstance(grid, torch.Tensor):
+        if grid.is_floating_point() or grid.is_complex() or grid.dtype == torch.bool:
+            raise InputError(f"grid_thw is {grid.dtype}; expected integers")
+        shape, rows = tuple(grid.shape), grid
+    else:
+        try:
+            rows = torch.tensor([list(row) for row in grid])
+        except (TypeError, ValueError) as error:
+            raise InputError(f"grid_thw is {grid!r}; expected [images, 3] integers (t, h, w)") from error
+        shape = tuple(rows.shape)
+        if rows.is_floating_point() and rows.numel():
+            raise InputError("grid_thw holds fractions; expected integers")
+    if len(shape) != 2 or shape[1] not in columns:
+        raise InputError(
+            f"grid_thw has shape {list(shape)}; expected [images, 3] of (frames, height, width) in patches"
+        )
+    values: list[list[int]] = rows.tolist()
+    return values if shape[1] == 3 else [[1, *row] for row in values]
+
+
+def patches_of_images(spec: TowerSpec, images: torch.Tensor) -> tuple[torch.Tensor, list[list[int]]]:
+    """Whole images [images, channels, height, width] as raster patches [patches, features], and their grid."""
+    p = spec.patch
+    if p.order != "raster" or p.temporal != 1:
+        raise InputError("grid_thw is missing; expected [images, 3] of (frames, height, width) in patches")
+    if images.ndim != 4 or images.shape[1] != p.channels or images.shape[2] % p.size or images.shape[3] % p.size:
+        raise InputError(
+            f"pixel_values has shape {list(images.shape)} and there is no grid_thw; expected whole images "
+            f"[images, {p.channels}, height, width], sides multiples of {p.size}, or patches and their grid"
+        )
+    patches = rearrange(images, "b c (h p) (w q) -> (b h w) (c p q)", p=p.size, q=p.size)
+    return patches, [[1, images.shape[2] // p.size, images.shape[3] // p.size]] * len(images)
