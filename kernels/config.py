@@ -23,6 +23,17 @@ class GemmConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class HopperConfig:
+    """A matmul of kernels.hopper_matmul."""
+
+    block_m: int
+    block_n: int  # 64, 128 or 192
+    groups: int  # warpgroups that multiply
+    alternate: bool  # each group has tiles of its own, in turns
+    buffers: int  # steps of 64 columns of depth in shared memory
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionConfig:
     block_m: int  # query rows of one program, the unit of an attention tile
     block_n: int
@@ -66,6 +77,21 @@ _GEMM_16BIT: dict[int, dict[str, tuple[tuple[int, GemmConfig], ...]]] = {
 }
 _GEMM_32BIT = GemmConfig(64, 64, 32, 4, 2)
 
+# chosen by hand from timings at 256 to 8160 rows of Qwen3-VL-8B's sizes
+_TALL = HopperConfig(128, 128, 2, alternate=True, buffers=5)
+_SHARED = HopperConfig(128, 128, 2, alternate=False, buffers=5)
+_SQUARE = HopperConfig(192, 192, 3, alternate=False, buffers=4)
+_SLIM = HopperConfig(128, 64, 2, alternate=False, buffers=6)
+# The same on sm_90 in Gluon; None: the plain kernel is faster there. "residual" and "qkv" are Gluon at every size,
+# because their plain forms round some last bits differently, and an image's bits must not depend on the bucket.
+_HOPPER: dict[str, tuple[tuple[int, HopperConfig | None], ...]] = {
+    "qkv": ((1 << 30, _TALL),),
+    "linear": ((256, None), (1 << 30, _TALL)),
+    "gated": ((256, None), (1 << 30, _TALL)),
+    "merger": ((512, None), (1 << 30, _SHARED)),
+    "residual": ((512, _SLIM), (2048, _TALL), (1 << 30, _SQUARE)),
+}
+
 _ATTENTION_16BIT: dict[int, tuple[tuple[int, AttentionConfig], ...]] = {  # head dim up to -> config
     80: ((96, AttentionConfig(128, 64, 8, 2)), (128, AttentionConfig(128, 64, 8, 2))),
     90: ((80, AttentionConfig(128, 128, 4, 3, gluon=True)), (128, AttentionConfig(128, 128, 4, 2, gluon=True))),
@@ -87,6 +113,13 @@ def gemm_config(op: str, rows: int, dtype: torch.dtype, arch: int) -> GemmConfig
     if dtype == torch.float32:
         return _GEMM_32BIT
     return next(config for most, config in _GEMM_16BIT[_generation(arch)][op] if rows <= most)
+
+
+def hopper_config(op: str, rows: int, dtype: torch.dtype, arch: int) -> HopperConfig | None:
+    """The Gluon form of a matmul over a bucket of at most `rows` rows; None: gemm_config's."""
+    if dtype == torch.float32 or _generation(arch) != 90 or not has_gluon():
+        return None
+    return next(config for most, config in _HOPPER[op] if rows <= most)
 
 
 def attention_config(head_dim: int, dtype: torch.dtype, arch: int, windowed: bool = False) -> AttentionConfig:

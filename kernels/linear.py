@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .config import device_arch, gemm_config, precision, wide
+from .config import device_arch, gemm_config, hopper_config, multiprocessors, precision, wide
 from .device import activate, glu, matmul_tile, row_moments, tile_of
 from .qkv import moments_ref
 
@@ -87,8 +87,18 @@ def linear(
 ) -> None:
     """Launch over the rows of y that count[0] holds."""
     rows, (columns, depth) = y.shape[0], weight.shape
-    costly = gated or activation == "gelu"  # epilogues that spill in the widest tile
-    op = "merger" if merge > 1 else "gated" if costly else "linear"
+    op = "merger" if merge > 1 or activation == "gelu" else "gated" if gated else "linear"  # erf spills in wide tiles
+    hopper = hopper_config(op, rows, x.dtype, device_arch(x.device)) if groups <= 1 else None
+    if hopper:
+        from .hopper_epilogues import store_linear  # another triton may not have what it imports
+        from .hopper_matmul import hopper_matmul
+
+        hopper_matmul(
+            x.view(-1, depth), weight, store_linear, (y, bias, colsum if groups else None, source),
+            (activation, gated, limit, scatter), moments=(sums if groups else None, eps, merge, centred),
+            config=hopper, programs=multiprocessors(x.device), count=count,
+        )  # fmt: skip
+        return
     c = gemm_config(op, rows, x.dtype, device_arch(x.device))
     per_group = depth // max(groups, 1)
     linear_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(columns, c.block_n),)](

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .config import device_arch, gemm_config, precision, wide
+from .config import device_arch, gemm_config, hopper_config, multiprocessors, precision, wide
 from .device import matmul_tile, row_moments, tile_of
 
 
@@ -81,6 +81,16 @@ def qkv(
 ) -> None:
     """Launch over the rows that count[0] holds. y is [heads, rows, head_dim]."""
     rows, (columns, width) = x.shape[0], weight.shape
+    hopper = hopper_config("qkv", rows, x.dtype, device_arch(x.device)) if gain is None else None
+    if hopper:
+        from .hopper_epilogues import store_qkv  # another triton may not have what it imports
+        from .hopper_matmul import hopper_matmul
+
+        hopper_matmul(
+            x, weight, store_qkv, (y, cos, sin, bias, colsum, rows), (head_dim, rotated * head_dim),
+            moments=(sums, eps, 1, centred), config=hopper, programs=multiprocessors(x.device), count=count,
+        )  # fmt: skip
+        return
     c = gemm_config("qkv", rows, x.dtype, device_arch(x.device))
     qkv_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(columns, c.block_n),)](
         y, x, sums, cos, sin, weight, bias, colsum, gain, count,
@@ -131,7 +141,9 @@ def qkv_kernel(
         cos = tl.load(cos_ptr + angle, mask=turns, other=1.0)
         sin = tl.load(sin_ptr + angle, mask=turns, other=0.0)
         even, odd = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N // 2, 2)))
-        y = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (BLOCK_M, BLOCK_N))
+        # fma by name: which product the compiler fuses, and so the last bit, must not depend on the row in the tile
+        turned = tl.join(tl.fma(even, cos, -(odd * sin)), tl.fma(odd, cos, even * sin))
+        y = tl.reshape(turned, (BLOCK_M, BLOCK_N))
 
     # head dims are multiples of 8: runs of 8 columns stay together, so stores are 16 bytes wide instead of 2
     at = offs_n // HEAD_DIM * (capacity * HEAD_DIM).to(tl.int64) + offs_n % HEAD_DIM

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .config import SUM_COLUMNS, device_arch, gemm_config, precision, wide
+from .config import SUM_COLUMNS, device_arch, gemm_config, hopper_config, multiprocessors, precision, wide
 from .device import matmul_tile, store_row_sums, tile_of
 from .patch_embed import row_sums_ref
 
@@ -32,6 +32,16 @@ def residual(
 ) -> None:
     """Launch over the rows that count[0] holds. `out` may be `x`: a program reads and writes the same elements."""
     rows, (width, depth) = x.shape[0], weight.shape
+    hopper = hopper_config("residual", rows, x.dtype, device_arch(x.device))
+    if hopper:
+        from .hopper_epilogues import store_residual  # another triton may not have what it imports
+        from .hopper_matmul import hopper_matmul
+
+        hopper_matmul(
+            a, weight, store_residual, (out, sums, x, bias, rows), (sums.shape[1],),
+            moments=(None, 0.0, 1, True), config=hopper, programs=multiprocessors(x.device), count=count,
+        )  # fmt: skip
+        return
     c = gemm_config("residual", rows, x.dtype, device_arch(x.device))
     residual_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(width, c.block_n),)](
         out, sums, x, a, weight, bias, count,

@@ -7,6 +7,7 @@ tensor cores, and accesses out of bounds. It does not know layouts, registers or
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import threading
@@ -110,11 +111,12 @@ class Descriptor:
 
 
 class Pointer:
-    def __init__(self, data: Any, offset: Any = 0) -> None:
+    def __init__(self, data: Any, offset: Any = 0, kind: str = "float32") -> None:
         self.data, self.offset = data.reshape(-1), offset
+        self.dtype = types.SimpleNamespace(element_ty=kind)
 
     def __add__(self, other: Any) -> Pointer:
-        return Pointer(self.data, self.offset + np.asarray(other))
+        return Pointer(self.data, self.offset + np.asarray(other), self.dtype.element_ty)
 
 
 def _masked(pointer: Pointer, mask: Any) -> tuple[Any, Any]:
@@ -129,7 +131,7 @@ def load(pointer: Pointer, mask: Any = None, other: float = 0.0) -> Any:
     offset, mask = _masked(pointer, mask)
     if not offset.ndim:
         return int(pointer.data[int(offset)])
-    value = np.full(offset.shape, other, np.float32)
+    value = np.full(offset.shape, other, pointer.data.dtype)
     value[mask] = pointer.data[offset[mask]]
     return array(value)
 
@@ -208,12 +210,15 @@ def _init(barrier: Barrier, count: int) -> None:
     barrier.count = barrier.pending = count
 
 
+_erf = np.vectorize(math.erf, otypes=[np.float32])
+
+
 def _language() -> types.SimpleNamespace:
     def nothing(*_: Any, **__: Any) -> None:
         return None
 
     return types.SimpleNamespace(
-        constexpr=object, bfloat16="bfloat16", float16="float16", float32="float32", int64="int64",
+        constexpr=lambda value: value, bfloat16="bfloat16", float16="float16", float32="float32", int64="int64",
         NVMMADistributedLayout=nothing, SliceLayout=nothing, DotOperandLayout=nothing, BlockedLayout=nothing,
         NVMMASharedLayout=types.SimpleNamespace(get_default_for=nothing),
         arange=lambda a, b, layout=None: array(np.arange(a, b)),
@@ -221,7 +226,12 @@ def _language() -> types.SimpleNamespace:
         expand_dims=lambda x, axis: array(np.expand_dims(x, axis)),
         where=lambda c, a, b: array(np.where(c, a, b)) if np.ndim(c) else (a if c else b),
         max=lambda x, axis: array(np.max(x, axis=axis)), sum=lambda x, axis: array(np.sum(x, axis=axis)),
-        exp2=lambda x: array(np.exp2(x)), maximum=lambda a, b: array(np.maximum(a, b)),
+        exp2=lambda x: array(np.exp2(x)), rsqrt=lambda x: array(1 / np.sqrt(x)), erf=_erf,
+        fma=lambda a, b, c: array(a * b + c),
+        maximum=lambda a, b: array(np.maximum(a, b)), minimum=lambda a, b: array(np.minimum(a, b)),
+        reshape=lambda x, shape: array(np.reshape(x, shape)), permute=lambda x, order: array(np.transpose(x, order)),
+        split=lambda x: (array(x[..., 0]), array(x[..., 1])), join=lambda a, b: array(np.stack([a, b], -1)),
+        cast=lambda x, dtype: x, multiple_of=lambda x, n: x, max_contiguous=lambda x, n: x,
         convert_layout=lambda x, layout: x, cdiv=lambda a, b: -(-a // b), static_range=range,
         program_id=lambda axis: _here.program, load=load, store=store,
         allocate_shared_memory=_allocate, warp_specialize=specialize,
@@ -239,7 +249,7 @@ def emulated(path: Path, *changes: tuple[str, str]) -> types.ModuleType:
         MBarrierLayout=lambda: None, init=_init,
         wait=lambda b, parity, pred=True: b.wait(parity) if pred else None,
         expect=lambda b, size: b.settle(arrived=1, expected=int(size)),
-        arrive=lambda b, count=1: b.settle(arrived=count),
+        arrive=lambda b, count=1, pred=True: b.settle(arrived=count) if pred else None,
     )  # fmt: skip
     hopper = types.SimpleNamespace(
         fence_async_shared=lambda: _here.unpublished.clear(), mbarrier=barrier, warpgroup_mma=matmul,
@@ -255,6 +265,7 @@ def emulated(path: Path, *changes: tuple[str, str]) -> types.ModuleType:
         f"{name}.nvidia.hopper": types.SimpleNamespace(TensorDescriptor=Descriptor),
     }
     module = types.ModuleType(re.sub(r"\W", "_", str(path)))
+    module.__package__ = "fused_vit.kernels"
     hidden = {key: sys.modules.get(key) for key in fakes}
     sys.modules.update(fakes)
     try:

@@ -138,6 +138,8 @@ def described(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
             found[p.name] = (_TYPES[value.dtype], aligned)
         elif isinstance(value, TensorDescriptor):
             found[p.name] = (str(value.block_shape), str(value.layout))
+        elif isinstance(value, tuple):
+            found[p.name] = (", ".join(_TYPES[v.dtype] if isinstance(v, torch.Tensor) else str(v) for v in value), "")
         elif isinstance(value, float):
             found[p.name] = ("fp32", False)
         else:

@@ -1,0 +1,167 @@
+"""The Gluon matmuls for Hopper in a CPU emulator of warp groups, barriers and asynchronous work, against fp64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fused_vit.kernels.config import HopperConfig
+from tests.kernels import emulator
+
+FOLDER = Path(__file__).parents[2] / "kernels"
+MATMUL, EPILOGUES = FOLDER / "hopper_matmul.py", FOLDER / "hopper_epilogues.py"
+UNTOUCHED = 1234.0
+FORMS = {
+    "taking turns": HopperConfig(128, 128, 2, alternate=True, buffers=3),
+    "taking turns, 192 columns": HopperConfig(128, 192, 2, alternate=True, buffers=2),
+    "sharing, three groups": HopperConfig(192, 192, 3, alternate=False, buffers=2),
+    "sharing, 64 columns": HopperConfig(128, 64, 2, alternate=False, buffers=3),
+}
+HEAD_DIM, ROTATED_HEADS, HEADS, EPS = 24, 6, 9, 1e-6
+
+
+class Case:
+    """Random operands of `rows` rows and NaN past them, and what the kernel should leave."""
+
+    def __init__(self, op: str, rows: int = 300, columns: int = 200, depth: int = 136) -> None:
+        self.op, self.rows, self.depth, self.capacity = op, rows, depth, rows + 90
+        rng = np.random.default_rng(0)
+        self.columns = HEADS * HEAD_DIM if op == "qkv" else columns
+        self.a = np.full((self.capacity, depth), np.nan, np.float32)
+        self.a[:rows] = emulator.round_to(rng.standard_normal((rows, depth)), "bfloat16")
+        weight = rng.standard_normal((self.columns, depth)) * depth**-0.5
+        self.weight = emulator.round_to(weight, "bfloat16").astype(np.float32)
+        self.bias = rng.standard_normal(self.columns).astype(np.float32)
+        self.x = emulator.round_to(rng.standard_normal((self.capacity, self.columns)), "bfloat16").astype(np.float32)
+        self.angle = rng.standard_normal((2, self.capacity, HEAD_DIM // 2)).astype(np.float32)
+        self.order = rng.permutation(rows).astype(np.int32)
+        wide = self.a[:rows].astype(np.float64)
+        split = depth // 2
+        self.sums = np.full((2, 2, self.capacity), np.nan, np.float32)
+        for part, piece in enumerate((wide[:, :split], wide[:, split:])):
+            self.sums[0, part, :rows], self.sums[1, part, :rows] = piece.sum(1), (piece**2).sum(1)
+        mean, variance = wide.mean(1, keepdims=True), wide.var(1, keepdims=True)
+        normed = op != "residual"
+        y = ((wide - mean) / np.sqrt(variance + EPS) if normed else wide) @ self.weight.T.astype(np.float64) + self.bias
+        self.want = getattr(self, f"_{op}")(y)
+
+    def _linear(self, y: Any) -> Any:
+        placed = np.empty_like(y)
+        placed[self.order] = y / (1 + np.exp(-1.702 * y))
+        return placed
+
+    def _gated(self, y: Any) -> Any:
+        gate, up = np.minimum(y[:, ::2], 1.0), np.clip(y[:, 1::2], -1.0, 1.0)
+        return gate / (1 + np.exp(-gate)) * up
+
+    def _residual(self, y: Any) -> Any:
+        return y + self.x[: self.rows]
+
+    def _qkv(self, y: Any) -> Any:
+        heads = y.reshape(self.rows, HEADS, HEAD_DIM)
+        cos, sin = self.angle[:, : self.rows, None].astype(np.float64)
+        even, odd = heads[:, :ROTATED_HEADS, ::2], heads[:, :ROTATED_HEADS, 1::2]
+        turned = np.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(self.rows, -1, HEAD_DIM)
+        return np.concatenate([turned, heads[:, ROTATED_HEADS:]], 1).transpose(1, 0, 2)
+
+    def run(self, config: HopperConfig, programs: int, matmul: Any, epilogues: Any) -> float:
+        """Relative error of the worst output; infinite if the kernel wrote what it should not."""
+        first = 1 << (config.block_n.bit_length() - 1)
+        rest = config.block_n - first
+        group = config.block_m if config.alternate else config.block_m // config.groups
+        shape = list(self.want.shape)
+        shape[1 if self.op == "qkv" else 0] = self.capacity
+        y = np.full(shape, UNTOUCHED, np.float32)
+        parts = -(-self.columns // 64)
+        out_sums = np.full((2, parts, self.capacity), UNTOUCHED, np.float32)
+        pointer = emulator.Pointer
+        bias, out, colsum = pointer(self.bias), pointer(y, kind="bfloat16"), pointer(self.weight.sum(1))
+        operands, options = {
+            "linear": ((out, bias, colsum, pointer(self.order)), ("quick_gelu", False, None, 1)),
+            "gated": ((out, bias, colsum, None), ("silu", True, 1.0, 1)),
+            "residual": ((out, pointer(out_sums), pointer(self.x), bias, self.capacity), (parts,)),
+            "qkv": (
+                (out, pointer(self.angle[0]), pointer(self.angle[1]), bias, colsum, self.capacity),
+                (HEAD_DIM, ROTATED_HEADS * HEAD_DIM),
+            ),
+        }[self.op]
+        store = getattr(epilogues, "store_linear" if self.op == "gated" else f"store_{self.op}")
+        normed = self.op != "residual"
+        boxes = [
+            emulator.Descriptor(matrix, (height, 64))
+            for matrix, height in ((self.a, group), (self.weight, first), (self.weight, rest or first))
+        ]
+        emulator.launch(
+            matmul.hopper_matmul_kernel, programs, *boxes, operands, pointer(self.sums) if normed else None,
+            pointer(np.array([self.rows])), self.columns, self.depth, self.capacity, EPS,
+            store, options, 2 if normed else 0, 1, True, group, first, rest, config.groups, config.alternate,
+            config.buffers, programs, "bfloat16",
+        )  # fmt: skip
+        y = y.swapaxes(0, 1) if self.op == "qkv" else y
+        want = self.want.swapaxes(0, 1) if self.op == "qkv" else self.want
+        if (y[self.rows :] != UNTOUCHED).any() or (out_sums[..., self.rows :] != UNTOUCHED).any():
+            return float("inf")
+        errors = [relative(y[: self.rows], want)]
+        if self.op == "residual":
+            stored = y[: self.rows].astype(np.float64)
+            errors.append(1e3 * relative(out_sums[:, :, : self.rows].sum(1), [stored.sum(1), (stored**2).sum(1)]))
+        return max(errors)
+
+
+def relative(got: Any, want: Any) -> float:
+    return float(np.linalg.norm(got - np.asarray(want)) / np.linalg.norm(want))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("op", ["linear", "gated", "residual", "qkv"])
+def test_matmul(op: str, form: str) -> None:
+    matmul, epilogues = emulator.emulated(MATMUL), emulator.emulated(EPILOGUES)
+    for programs in (1, 4):
+        assert Case(op).run(FORMS[form], programs, matmul, epilogues) <= 4e-3
+
+
+@pytest.mark.parametrize("rows", [1, 128, 129])
+def test_few_rows(rows: int) -> None:
+    matmul, epilogues = emulator.emulated(MATMUL), emulator.emulated(EPILOGUES)
+    for config in FORMS.values():
+        assert Case("linear", rows).run(config, 2, matmul, epilogues) <= 4e-3
+
+
+BREAKS = {  # what a bug would make of a line of the matmul
+    "no turn": ("            mbarrier.arrive(turns.index(1 - GROUP_ID), count=1)\n", ""),
+    "steps kept": ("pred=k > 0)  # the last step's", "pred=k < 0)  # the last step's"),
+    "steps given back unread": ("(step + BUFFERS - 1) % BUFFERS), count=1, pred=k > 0)", "step % BUFFERS), count=1)"),
+    "result too early": ("acc = warpgroup_mma_wait(0, deps=(acc,))", "acc = acc"),
+    "the other's steps": ("            step += steps * (GROUPS - 1)\n", "            step += 0\n"),
+    "the other's rows": ("tile // tiles_n * SHARING + PART) * ROWS", "tile // tiles_n * SHARING) * ROWS + 1"),
+    "a part of the sums": ("for part in gl.static_range(PARTS)", "for part in gl.static_range(PARTS - 1)"),
+    "squares of the mean kept": ("square / width - mean * mean", "square / width"),
+    "short depth": ("steps = gl.cdiv(K, 64)", "steps = K // 64"),
+    "one piece twice": ("EPILOGUE(right, row, column + 64", "EPILOGUE(left, row, column + 64"),
+}  # fmt: skip
+EPILOGUE_BREAKS = {
+    "row past the last": (
+        "mask = gl.expand_dims(row + index < rows, 1) & gl.expand_dims(columns < N, 0)\n    gl.store(base",
+        "mask = gl.expand_dims(row + index < rows + 9, 1) & gl.expand_dims(columns < N, 0)\n    gl.store(base",
+    ),
+    "turned the other way": ("gl.fma(odd, cos, even * sin)", "gl.fma(odd, cos, -(even * sin))"),
+    "values turned": ("gl.expand_dims(pair < ROTATED // 2, 0)", "gl.expand_dims(pair < ROTATED, 0)"),
+    "no bias": ("return y + gl.expand_dims(bias, 0)", "return y"),
+    "no mean": ("(y - gl.expand_dims(mean, 1) * gl.expand_dims(colsum, 0))", "y"),
+    "one head for all": ("(columns // HEAD_DIM - head) * plane + columns % HEAD_DIM", "columns % HEAD_DIM"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*BREAKS, *EPILOGUE_BREAKS])
+def test_the_emulator_sees_a_broken_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulator, "DEADLOCK_SECONDS", 1.0)
+    changes = [[BREAKS[name]] if name in BREAKS else [], [EPILOGUE_BREAKS[name]] if name in EPILOGUE_BREAKS else []]
+    matmul, epilogues = (emulator.emulated(p, *c) for p, c in zip((MATMUL, EPILOGUES), changes, strict=True))
+    try:
+        error = Case("qkv").run(FORMS["taking turns"], 1, matmul, epilogues)
+    except (RuntimeError, AssertionError):
+        return
+    assert not error <= 4e-3
