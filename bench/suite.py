@@ -2,7 +2,7 @@
 
 python -m pytest -m gpu --junitxml=gpu.xml
 python -m bench.suite COMMIT:gpu.xml ... --environment bench/results/families.json
-A later run of a test stands for an earlier one.
+A later run of a test stands for an earlier one; tests that did not run again keep what the report says of them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu_suite.json"))
     arguments = parser.parse_args()
     tests: dict[str, dict[str, object]] = {}
+    if arguments.out.exists():
+        tests |= json.loads(arguments.out.read_text())["tests"]
     for run in arguments.runs:
         commit, _, path = run.partition(":")
         tests |= outcomes(Path(path), commit)

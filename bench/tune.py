@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -23,7 +25,7 @@ from fused_vit.kernels import attention as attention_file
 from fused_vit.kernels import linear as linear_file
 from fused_vit.kernels import qkv as qkv_file
 from fused_vit.kernels import residual as residual_file
-from fused_vit.kernels.config import AttentionConfig, GemmConfig
+from fused_vit.kernels.config import AttentionConfig, GemmConfig, HopperConfig, device_arch
 
 GEMMS = [
     GemmConfig(m, n, k, w, s)
@@ -32,6 +34,11 @@ GEMMS = [
         [(64, 3), (64, 4), (128, 2)],
     )
 ]
+HOPPERS = [
+    HopperConfig(128, 128, 2, True, 5), HopperConfig(128, 192, 2, True, 4), HopperConfig(192, 192, 3, False, 4),
+    HopperConfig(192, 128, 3, False, 4), HopperConfig(128, 192, 2, False, 5), HopperConfig(128, 128, 2, False, 5),
+    HopperConfig(128, 64, 2, False, 6), HopperConfig(128, 64, 2, True, 6),
+]  # fmt: skip
 ATTENTIONS = [
     AttentionConfig(m, n, w, s) for m, n, w in [(64, 64, 4), (128, 64, 8), (128, 128, 8), (64, 128, 4)] for s in (2, 3)
 ]
@@ -56,26 +63,50 @@ def matmuls(rows: int) -> dict[str, Any]:
         return [w, torch.randn(n, device="cuda"), w.float().sum(1)[None]]
 
     q, p, up, down = weights(3456, WIDTH), weights(WIDTH, WIDTH), weights(MLP, WIDTH), weights(WIDTH, MLP)
+    merge_up, merge_down = weights(4 * WIDTH, 4 * WIDTH), weights(4096, 4 * WIDTH)
     heads, out, y = torch.empty(48, rows, 72, **bf16), torch.empty_like(x), torch.empty(rows, MLP, **bf16)
+    merging, pooled = torch.empty(rows // 4, 4 * WIDTH, **bf16), torch.empty(rows // 4, 4096, **bf16)
+    wide, merged = x.view(-1, 4 * WIDTH), torch.tensor([rows // 4], device="cuda", dtype=torch.int32)
     new = torch.empty(2, 18, rows, device="cuda")
-    norm = {"eps": 1e-6, "centred": True}
-    rope = {"head_dim": 72, "rotated": 32, **norm}
-    mlp = {"merge": 1, "groups": 1, **norm, "activation": "gelu_tanh"}
+    norm: dict[str, Any] = {"eps": 1e-6, "centred": True}
+    rope: dict[str, Any] = {"head_dim": 72, "rotated": 32, "normed": 0, "head_eps": 0.0, **norm}
+    plain: dict[str, Any] = {"gated": False, "limit": None, **norm}
+    mlp: dict[str, Any] = {"merge": 1, "groups": 1, "activation": "gelu_tanh", **plain}
+    first: dict[str, Any]
+    second: dict[str, Any]
+    first, second = {**mlp, "merge": 4, "activation": "gelu"}, {**mlp, "groups": 0, "activation": "none"}
     return {
-        "qkv": (qkv_file, lambda: qkv_file.qkv(heads, x, sums, cos, sin, *q, **rope, count=count), heads,
-                lambda: qkv_file.qkv_ref(x, sums, cos, sin, *q, **rope)),
+        "qkv": (qkv_file, lambda: qkv_file.qkv(heads, x, sums, cos, sin, *q, None, **rope, count=count), heads,
+                lambda: qkv_file.qkv_ref(x, sums, cos, sin, *q, None, **rope)),
         "proj": (residual_file, lambda: residual_file.residual(out, new, x, x, *p[:2], count=count), out,
                  lambda: residual_file.residual_ref(x, x, *p[:2])[0]),
-        "fc1": (linear_file, lambda: linear_file.linear(y, x, sums, *up, **mlp, count=count), y,
-                lambda: linear_file.linear_ref(x, sums, *up, **mlp)),
+        "fc1": (linear_file, lambda: linear_file.linear(y, x, sums, None, *up, **mlp, count=count), y,
+                lambda: linear_file.linear_ref(x, sums, None, *up, **mlp)),
         "fc2": (residual_file, lambda: residual_file.residual(out, new, x, hidden, *down[:2], count=count), out,
                 lambda: residual_file.residual_ref(x, hidden, *down[:2])[0]),
+        "merger.fc1": (
+            linear_file, lambda: linear_file.linear(merging, x, sums, None, *merge_up, **first, count=merged), merging,
+            lambda: linear_file.linear_ref(x, sums, None, *merge_up, **first)),
+        "merger.fc2": (
+            linear_file, lambda: linear_file.linear(pooled, wide, None, None, *merge_down[:2], None, **second,
+                                                    count=merged), pooled,
+            lambda: linear_file.linear_ref(wide, None, None, *merge_down[:2], None, **second)),
     }  # fmt: skip
+
+
+@contextmanager
+def forced(module: Any, config: GemmConfig | HopperConfig) -> Iterator[None]:
+    """A module's matmul runs in this configuration, in the form that it belongs to."""
+    hopper = config if isinstance(config, HopperConfig) else None
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(module, "hopper_config", lambda *_: hopper))
+        stack.enter_context(mock.patch.object(module, "gemm_config", lambda *_: config))
+        yield
 
 
 def timed(
     label: str, config: Any, patch: Any, launch: Any, result: torch.Tensor, truth: torch.Tensor
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     with patch:
         try:
             result.fill_(float("nan"))
@@ -97,33 +128,33 @@ def attentions() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("bench/results/tune.json"))
-    parser.add_argument("--rows", type=int, nargs="*", default=[256, 784, 4096])
+    parser.add_argument("--rows", type=int, nargs="*", default=[256, 1024, 4096, 8160])
     arguments = parser.parse_args()
     results: list[dict[str, Any]] = []
+    gemms: list[GemmConfig | HopperConfig] = [*GEMMS, *(HOPPERS if device_arch(torch.device("cuda", 0)) == 90 else [])]
     for rows in arguments.rows:
         for name, (module, launch, result, reference) in matmuls(rows).items():
             truth = reference()
-            for config in GEMMS:
-                patch = mock.patch.object(module, "gemm_config", lambda *_, c=config: c)
-                results.append(timed(f"{name} {rows}", config, patch, launch, result, truth) or {})
+            for config in gemms:
+                results.append(timed(f"{name} {rows}", config, forced(module, config), launch, result, truth))
     for name, lengths in attentions().items():
         rows = sum(lengths)
         qkv = torch.randn(48, rows, 72, device="cuda", dtype=torch.bfloat16)
         out = torch.empty(rows, WIDTH, device="cuda", dtype=torch.bfloat16)
-        for config in ATTENTIONS:
+        for attention in ATTENTIONS:
             tiles, start = [], 0
             for n in lengths:
                 tiles += [
-                    (q, min(q + config.block_m, start + n), start, start + n)
-                    for q in range(start, start + n, config.block_m)
+                    (q, min(q + attention.block_m, start + n), start, start + n)
+                    for q in range(start, start + n, attention.block_m)
                 ]
                 start += n
             table = torch.tensor(tiles, dtype=torch.int32, device="cuda")
             count = torch.tensor([len(tiles)], dtype=torch.int32, device="cuda")
-            truth = attention_file.attention_ref(qkv, table, heads=HEADS)
-            patch = mock.patch.object(attention_file, "attention_config", lambda *_, c=config: c)
-            call = partial(attention_file.attention, out, qkv, table, heads=HEADS, count=count)
-            results.append(timed(f"attention {name}", config, patch, call, out, truth) or {})
+            truth = attention_file.attention_ref(qkv, table, heads=HEADS, windowed=False)
+            patch = mock.patch.object(attention_file, "attention_config", lambda *_, c=attention: c)
+            call = partial(attention_file.attention, out, qkv, table, heads=HEADS, windowed=False, count=count)
+            results.append(timed(f"attention {name}", attention, patch, call, out, truth))
     for case in dict.fromkeys(r["case"] for r in results):
         best = sorted((r for r in results if r["case"] == case and "us" in r), key=lambda r: r["us"])[:4]
         print(case, "; ".join(f"{r['us']:.1f} us {tuple(r['config'].values())}" for r in best), flush=True)

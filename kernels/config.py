@@ -77,7 +77,8 @@ _GEMM_16BIT: dict[int, dict[str, tuple[tuple[int, GemmConfig], ...]]] = {
 }
 _GEMM_32BIT = GemmConfig(64, 64, 32, 4, 2)
 
-# chosen by hand from timings at 256 to 8160 rows of Qwen3-VL-8B's sizes
+# From bench/results/tune_hopper.json (Qwen3-VL-8B's sizes, 256 to 8160 rows); _SLIM from arithmetic: it fills twice as
+# many multiprocessors as 128 x 128 where rows are few.
 _TALL = HopperConfig(128, 128, 2, alternate=True, buffers=5)
 _SHARED = HopperConfig(128, 128, 2, alternate=False, buffers=5)
 _SQUARE = HopperConfig(192, 192, 3, alternate=False, buffers=4)
