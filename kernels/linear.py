@@ -93,8 +93,9 @@ def linear(
         from .hopper_epilogues import store_linear  # another triton may not have what it imports
         from .hopper_matmul import hopper_matmul
 
+        merged = x.flatten()[: rows * depth].view(rows, depth)  # a bucket need not hold a whole number of merged rows
         hopper_matmul(
-            x.view(-1, depth), weight, store_linear, (y, bias, colsum if groups else None, source),
+            merged, weight, store_linear, (y, bias, colsum if groups else None, source),
             (activation, gated, limit, scatter), moments=(sums if groups else None, eps, merge, centred),
             config=hopper, programs=multiprocessors(x.device), count=count,
         )  # fmt: skip

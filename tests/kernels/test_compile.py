@@ -50,3 +50,9 @@ def test_without_gluon_hopper_runs_the_portable_kernels(monkeypatch: pytest.Monk
     assert config.hopper_config("qkv", 4096, torch.bfloat16, 90) is None
     assert not any(config.attention_config(d, torch.float16, 90).gluon for d in (64, 72, 80, 88, 96, 128))
     assert not any(config.attention_config(72, torch.bfloat16, arch).gluon for arch in (80, 86, 89, 100, 120))
+
+
+@pytest.mark.parametrize("tower", ["8B", "Qwen2.5-VL-7B", "GLM-4.1V", "Kimi-K2.5", "InternViT"])
+def test_a_bucket_may_have_any_number_of_rows(tower: str) -> None:
+    """Launchers take buckets that hold no whole number of merged rows, on every architecture."""
+    assert all(list(resources.launches(tower, 4097, arch)) for arch in resources.ARCHES)
