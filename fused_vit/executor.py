@@ -22,7 +22,9 @@ def trace(
     integers = torch.tensor(table(pack, WHOLE_SEGMENT), dtype=torch.int32, device=pixels.device)
     buffers = {"table": integers, "pixels": pixels}
     for step in plan.steps:
-        options = dict(step.options, tile=WHOLE_SEGMENT) if step.op == "unfold" else dict(step.options)
+        options = dict(step.options)
+        if step.op == "unfold":
+            options |= {"tile": WHOLE_SEGMENT, "dtype": torch.promote_types(pixels.dtype, torch.float32)}
         written = OPS[step.op].ref(*_inputs(step, buffers, weights), **options)
         results = zip(step.writes, written if isinstance(written, tuple) else (written,), strict=True)
         buffers.update((name, tensor) for name, tensor in results if name)
@@ -41,6 +43,14 @@ def launch(plan: Plan, weights: Tensors, buffers: Tensors, tile: int) -> None:
     """The plan's kernels on the current stream. Allocates nothing, synchronises nothing: fit for capture."""
     for step in plan.steps:
         launch_step(step, weights, buffers, tile)
+
+
+def launch_call(plan: Plan, weights: Tensors, buffers: Tensors, tile: int) -> None:
+    """The plan's kernels over the pixels whose address the table holds."""
+    from .kernels.fetch import fetch
+
+    fetch(buffers["pixels"], buffers["table"], features=plan.spec.patch.features)
+    launch(plan, weights, buffers, tile)
 
 
 def launch_step(step: Step, weights: Tensors, buffers: Tensors, tile: int) -> None:

@@ -13,9 +13,11 @@ from .buckets import Bucket
 from .errors import InputError
 from .spec import PoolSpec, TowerSpec
 
-HEADER = 8  # rows, merged rows, images, attention tiles, windows, 3 unused
-FIELDS = 9  # frames t, height h, width w, first: row, patch, merged row; frames per segment, first: tile, window
-ROWS, MERGED, IMAGES, TILES, WINDOWS = range(5)
+HEADER = 8  # rows, merged rows, images, attention tiles, windows, patches, address of the pixels in 64 bits
+# of an image: frames t, height h, width w, first: row, patch, merged row; frames per segment, first window; and, of the
+# image with the n-th longest segments in the n-th place: its first attention tile, its number
+FIELDS = 10
+ROWS, MERGED, IMAGES, TILES, WINDOWS, PATCHES = range(6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,11 @@ class Item:
     @property
     def frame_rows(self) -> int:
         return self.h * self.w + self.extra
+
+    @property
+    def segment_rows(self) -> int:
+        """Rows that attend to each other, windows aside."""
+        return self.frames_per_segment * self.frame_rows
 
     @property
     def rows(self) -> int:
@@ -131,14 +138,21 @@ def split(all_items: Sequence[Item], largest: Bucket) -> list[list[Item]]:
     return packs
 
 
-def table(pack: Sequence[Item], tile: int) -> list[int]:
-    """The integers that the device needs: a header of counts, then FIELDS for each item. `tile` is in query rows."""
+def table(pack: Sequence[Item], tile: int, address: int = 0) -> list[int]:
+    """The integers that the device needs: a header, then FIELDS for each item. address: of its pixels.
+
+    `tile` is in query rows. Attention tiles are in the order of their segments' lengths, the longest first: the last to
+    run are the shortest.
+    """
     fields: list[int] = []
     row = patch = merged = first_tile = window = 0
-    for item in pack:
-        per_segment = item.frames_per_segment
-        fields += [item.t, item.h, item.w, row, patch, merged, per_segment, first_tile, window]
+    order = sorted(range(len(pack)), key=lambda i: -pack[i].segment_rows)
+    for item, number in zip(pack, order, strict=True):
+        fields += [item.t, item.h, item.w, row, patch, merged, item.frames_per_segment, window, first_tile, number]
         row, patch, merged = row + item.rows, patch + item.pixel_rows, merged + item.merged
-        first_tile += item.t // per_segment * -(-per_segment * item.frame_rows // tile)
         window += item.t * item.windows
-    return [row, merged, len(pack), first_tile, window, 0, 0, 0, *fields]
+        ranked = pack[number]
+        first_tile += ranked.t // ranked.frames_per_segment * -(-ranked.segment_rows // tile)
+    low, high = address & 0xFFFFFFFF, address >> 32
+    signed = low - (low >> 31 << 32)
+    return [row, merged, len(pack), first_tile, window, patch, signed, high, *fields]

@@ -13,7 +13,9 @@ from .packing import MERGED, ROWS, TILES, WINDOWS, Item
 from .spec import ConvMergerSpec, MergerSpec, MlpSpec, NormSpec, PoolSpec, TowerSpec
 
 PAD = 64  # depths of our own buffers are padded to this, so that no kernel masks k; weights.pack says the same
-ALIGN = 16  # rows of pixels start at multiples of this, so that they can be copied 16 bytes at a time (588 cannot)
+# Rows of pixels and of heads start at multiples of this: 588 pixels could not be copied 16 bytes at a time, and the
+# values of a head of 72 or 88 get a column for the softmax's denominator (kernels.attention)
+ALIGN = 16
 SUM_COLUMNS = 64
 
 Dim = int | Literal["rows", "merged", "tiles", "windows", "table"]
@@ -107,8 +109,7 @@ def _buffers(spec: TowerSpec, deepstack: Sequence[str]) -> list[Buffer]:
     return [
         Buffer("table", ("table",), "int32"),
         Buffer("pixels", ("rows", -(-spec.patch.features // ALIGN) * ALIGN)),
-        Buffer("cos", ("rows", att.head_dim // 2), "float32"),
-        Buffer("sin", ("rows", att.head_dim // 2), "float32"),
+        Buffer("places", (2, "rows"), "float32"),
         Buffer("tap_index", ("rows", taps), "int32"),
         Buffer("tap_weight", ("rows", taps), "float32"),
         Buffer("source", ("rows",), "int32"),
@@ -116,7 +117,7 @@ def _buffers(spec: TowerSpec, deepstack: Sequence[str]) -> list[Buffer]:
         Buffer("windows", ("windows", 4), "int32"),
         Buffer("x", ("rows", spec.width)),
         Buffer("sums", (2, -(-spec.width // SUM_COLUMNS), "rows"), "float32"),
-        Buffer("qkv", (att.heads + 2 * att.kv_heads, "rows", att.head_dim)),
+        Buffer("qkv", (att.heads + 2 * att.kv_heads, "rows", -(-att.head_dim // ALIGN) * ALIGN)),
         Buffer("context", ("rows", att.heads * att.head_dim)),
         Buffer("hidden", ("rows", padded(spec.mlp.width))),
         Buffer("last", ("rows", spec.width)),
@@ -147,8 +148,8 @@ def _norm(norm: NormSpec) -> tuple[tuple[str, Any], ...]:
 def _unfold(spec: TowerSpec) -> Step:
     taps = ("tap_index", "tap_weight") if spec.position else ("", "")
     writes = (
-        *(("cos", "sin") if spec.rope else ("", "")), *taps,
-        "source" if spec.gathers else "", "tiles", "windows" if spec.attention.windows else "",
+        "places" if spec.rope else "", *taps, "source" if spec.gathers else "", "tiles",
+        "windows" if spec.attention.windows else "",
     )  # fmt: skip
     windows, position = spec.attention.windows, spec.position
     options = (
@@ -156,12 +157,11 @@ def _unfold(spec: TowerSpec) -> Step:
         ("raster", spec.patch.order == "raster"),
         ("class_token", spec.class_token),
         ("window", windows.side if windows else 0),
-        ("interleaved", spec.rope is not None and spec.rope.layout == "w_h_interleaved"),
         ("side", position.side if position else 0),
         ("align_corners", position is not None and position.align_corners),
         ("taps", _taps(spec)),
     )
-    return Step("unfold", "unfold", writes, ("table",), ("inv_freq",) if spec.rope else ("",), None, options)
+    return Step("unfold", "unfold", writes, ("table",), (), None, options)
 
 
 def _patch_embed(spec: TowerSpec) -> list[Step]:
@@ -188,7 +188,7 @@ def _norm_weights(name: str, norm: NormSpec) -> tuple[str, str]:
 
 def _block(spec: TowerSpec, i: int) -> list[Step]:
     att, mlp, block, norm = spec.attention, spec.mlp, f"block.{i}", _norm(spec.norm)
-    angles = ("cos", "sin") if spec.rope else ("", "")
+    places, frequencies = ("places", "frequencies") if spec.rope else ("", "")
     gain = f"{block}.qkv.gain" if att.qk_norm else ""
     heads = (
         ("head_dim", att.head_dim),
@@ -201,12 +201,12 @@ def _block(spec: TowerSpec, i: int) -> list[Step]:
     context = att.heads * att.head_dim
     return [
         Step(
-            f"{block}.qkv", "qkv", ("qkv",), ("x", "sums", *angles), (*_weights(f"{block}.qkv", True), gain), ROWS,
-            (*heads, *norm), (att.qkv_width, spec.width),
+            f"{block}.qkv", "qkv", ("qkv",), ("x", "sums", places),
+            (*_weights(f"{block}.qkv", True), gain, frequencies), ROWS, (*heads, *norm), (att.qkv_width, spec.width),
         ),
         Step(
             f"{block}.attention", "attention", ("context",), ("qkv", tiles), (), count,
-            (("heads", att.heads), ("windowed", windowed)),
+            (("heads", att.heads), ("head_dim", att.head_dim), ("windowed", windowed)),
         ),
         Step(
             f"{block}.proj", "residual", ("x", "sums"), ("x", "context"), _weights(f"{block}.proj"), ROWS, (),

@@ -1,7 +1,8 @@
 """Attention within segments of packed rows: softmax(q k.T) v, no mask, no padding (FlashAttention-2, arXiv 2307.08691).
 
 Head dims that are no power of two run as two dots (72 = 64 + 16 with half a tail), never padded to 96 or 128.
-q already carries the softmax scale times log2(e).
+q already carries the softmax scale times log2(e). A head's rows are `stride` apart: head_dim rounded up to 16, the
+columns between holding a one, then zeros.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import triton.language as tl
 from .config import attention_config, device_arch, multiprocessors, precision
 
 
-def attention_ref(qkv: torch.Tensor, tiles: torch.Tensor, *, heads: int, windowed: bool) -> torch.Tensor:
-    """[rows, heads * head_dim] from qkv [heads + 2 * kv_heads, rows, head_dim] and tiles (q0, q1, k0, k1)."""
+def attention_ref(qkv: torch.Tensor, tiles: torch.Tensor, *, heads: int, head_dim: int, windowed: bool) -> torch.Tensor:
+    """[rows, heads * head_dim] from qkv [heads + 2 * kv_heads, rows, stride] and tiles (q0, q1, k0, k1)."""
     kv = (len(qkv) - heads) // 2
+    qkv = qkv[:, :, :head_dim]
     q, k, v = qkv[:heads], qkv[heads : heads + kv], qkv[heads + kv :]
     k, v = (t.repeat_interleave(heads // kv, 0) for t in (k, v))
     out = torch.empty_like(q)
@@ -35,32 +37,34 @@ def split_head(head_dim: int) -> tuple[int, int]:
 
 
 def attention(
-    out: torch.Tensor, qkv: torch.Tensor, tiles: torch.Tensor, *, heads: int, windowed: bool, count: torch.Tensor
-) -> None:
+    out: torch.Tensor, qkv: torch.Tensor, tiles: torch.Tensor, *,
+    heads: int, head_dim: int, windowed: bool, count: torch.Tensor,
+) -> None:  # fmt: skip
     """Launch over the tiles that count[0] holds, each a whole window if windowed. out is [rows, heads * head_dim]."""
-    total, rows, head_dim = qkv.shape
+    total, rows, stride = qkv.shape
     c = attention_config(head_dim, qkv.dtype, device_arch(qkv.device), windowed)
     first, rest = split_head(head_dim)
     if c.gluon:
         from .hopper_attention import hopper_attention  # another triton may not have what it imports
 
         hopper_attention(
-            out, qkv, tiles, heads=heads, first=first, rest=rest, block_n=c.block_n, buffers=c.stages,
-            programs=multiprocessors(qkv.device), count=count,
+            out, qkv, tiles, heads=heads, head_dim=head_dim, first=first, rest=rest,
+            block_n=c.block_n, buffers=c.stages, programs=multiprocessors(qkv.device), count=count,
         )  # fmt: skip
         return
     attention_kernel[(tiles.shape[0], heads)](
         out, qkv, tiles, count, rows,
-        HEADS=heads, KV_HEADS=(total - heads) // 2, HEAD_DIM=head_dim, FIRST=first, REST=rest,
+        HEADS=heads, KV_HEADS=(total - heads) // 2, HEAD_DIM=head_dim, STRIDE=stride, FIRST=first, REST=rest,
         PRECISION=precision(qkv.dtype), BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
 
 
 @triton.jit
 def attention_kernel(
-    out_ptr, qkv_ptr,                          # [capacity, HEADS * HEAD_DIM], [HEADS + 2 KV_HEADS, capacity, HEAD_DIM]
+    out_ptr, qkv_ptr,                          # [capacity, HEADS * HEAD_DIM], [HEADS + 2 KV_HEADS, capacity, STRIDE]
     tiles_ptr, count_ptr, capacity,            # int32 [tiles, 4]; tiles at count[0]
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, STRIDE: tl.constexpr,
+    FIRST: tl.constexpr, REST: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1)
@@ -69,12 +73,12 @@ def attention_kernel(
     q0, q1 = tl.load(tiles_ptr + tile * 4), tl.load(tiles_ptr + tile * 4 + 1)
     k0, k1 = tl.load(tiles_ptr + tile * 4 + 2), tl.load(tiles_ptr + tile * 4 + 3)
 
-    plane = capacity.to(tl.int64) * HEAD_DIM
+    plane = capacity.to(tl.int64) * STRIDE
     kv_head = head // (HEADS // KV_HEADS)
     k_ptr, v_ptr = qkv_ptr + (HEADS + kv_head) * plane, qkv_ptr + (HEADS + KV_HEADS + kv_head) * plane
     offs_a, offs_m = tl.arange(0, FIRST), q0 + tl.arange(0, BLOCK_M)
     mask_a, mask_m = offs_a < HEAD_DIM, offs_m < q1
-    q_ptrs = qkv_ptr + head * plane + offs_m.to(tl.int64)[:, None] * HEAD_DIM
+    q_ptrs = qkv_ptr + head * plane + offs_m.to(tl.int64)[:, None] * STRIDE
     q = tl.load(q_ptrs + offs_a[None, :], mask=mask_m[:, None] & mask_a[None, :], other=0.0)
     acc = tl.zeros((BLOCK_M, FIRST), tl.float32)
     if REST > 0:
@@ -89,7 +93,7 @@ def attention_kernel(
         # rows past the segment belong to a neighbour or to nobody: zero them, since 0 * NaN is NaN
         offs_n = n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < k1
-        at = offs_n.to(tl.int64) * HEAD_DIM
+        at = offs_n.to(tl.int64) * STRIDE
         k = tl.load(k_ptr + at[None, :] + offs_a[:, None], mask=mask_n[None, :] & mask_a[:, None], other=0.0)
         v = tl.load(v_ptr + at[:, None] + offs_a[None, :], mask=mask_n[:, None] & mask_a[None, :], other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION)

@@ -46,7 +46,7 @@ class AttentionConfig:
 # chosen from bench/results/tune.json (Qwen3-VL-8B's sizes); the other rows and architectures are not measured.
 _GEMM_16BIT: dict[int, dict[str, tuple[tuple[int, GemmConfig], ...]]] = {
     80: {
-        "qkv": ((1 << 30, GemmConfig(64, 128, 32, 4, 4)),),
+        "qkv": ((1 << 30, GemmConfig(64, 128, 32, 8, 4)),),
         "linear": ((1024, GemmConfig(64, 64, 64, 4, 3)), (1 << 30, GemmConfig(128, 128, 32, 8, 4))),
         "gated": ((1024, GemmConfig(64, 64, 64, 4, 3)), (1 << 30, GemmConfig(128, 128, 32, 8, 4))),
         "merger": ((1 << 30, GemmConfig(64, 64, 64, 4, 3)),),
@@ -80,6 +80,7 @@ _GEMM_32BIT = GemmConfig(64, 64, 32, 4, 2)
 # From bench/results/tune_hopper.json (Qwen3-VL-8B's sizes, 256 to 8160 rows); _SLIM from arithmetic: it fills twice as
 # many multiprocessors as 128 x 128 where rows are few.
 _TALL = HopperConfig(128, 128, 2, alternate=True, buffers=5)
+_WIDE = HopperConfig(128, 192, 2, alternate=True, buffers=4)
 _SHARED = HopperConfig(128, 128, 2, alternate=False, buffers=5)
 _SQUARE = HopperConfig(192, 192, 3, alternate=False, buffers=4)
 _SLIM = HopperConfig(128, 64, 2, alternate=False, buffers=6)
@@ -87,9 +88,9 @@ _SLIM = HopperConfig(128, 64, 2, alternate=False, buffers=6)
 # because their plain forms round some last bits differently, and an image's bits must not depend on the bucket.
 _HOPPER: dict[str, tuple[tuple[int, HopperConfig | None], ...]] = {
     "qkv": ((1 << 30, _TALL),),
-    "linear": ((256, None), (1 << 30, _TALL)),
+    "linear": ((256, None), (2048, _TALL), (1 << 30, _WIDE)),
     "gated": ((256, None), (1 << 30, _TALL)),
-    "merger": ((512, None), (1 << 30, _SHARED)),
+    "merger": ((512, None), (1024, _SHARED), (1 << 30, _SQUARE)),
     "residual": ((512, _SLIM), (2048, _TALL), (1 << 30, _SQUARE)),
 }
 

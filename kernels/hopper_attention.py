@@ -3,6 +3,7 @@
 A program takes tiles of 128 query rows, 64 for each warpgroup, one after the other. Keys and values of the tile's
 segment stream through shared memory by TMA. Within a warpgroup the scores of a block are multiplied while the last
 block's values are (FlashAttention-3, arXiv 2407.08608, section 3.2); between them the warpgroups take turns (3.1).
+Where a head's rows have room for it, a column of ones in V makes the product yield the softmax's denominator.
 """
 
 from __future__ import annotations
@@ -24,21 +25,23 @@ _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 def hopper_attention(
-    out: torch.Tensor, qkv: torch.Tensor, tiles: torch.Tensor, *, heads: int, first: int, rest: int,
+    out: torch.Tensor, qkv: torch.Tensor, tiles: torch.Tensor, *, heads: int, head_dim: int, first: int, rest: int,
     block_n: int, buffers: int, programs: int, count: torch.Tensor,
 ) -> None:  # fmt: skip
     """Launch over the tiles (128 query rows each) that count[0] holds. Shapes as in attention.attention, 16-bit."""
-    total, rows, head_dim = qkv.shape
-    planes = qkv.view(total * rows, head_dim)  # TMA fills the columns past head_dim with zeros
+    total, rows, stride = qkv.shape
+    planes = qkv.view(total * rows, stride)
+    heads_only = planes[:, :head_dim]  # TMA fills the columns past it with zeros
 
-    def box(height: int, width: int) -> TensorDescriptor:
+    def box(height: int, width: int, matrix: torch.Tensor = heads_only) -> TensorDescriptor:
         layout = gl.NVMMASharedLayout.get_default_for([height, width], _DTYPES[qkv.dtype])
-        return TensorDescriptor.from_tensor(planes, [height, width], layout)
+        return TensorDescriptor.from_tensor(matrix, [height, width], layout)
 
     hopper_attention_kernel[(min(programs, tiles.shape[0] * heads),)](
-        box(GROUP_ROWS, first), box(GROUP_ROWS, rest or first), box(block_n, first), box(block_n, rest or first),
+        box(GROUP_ROWS, first), box(GROUP_ROWS, rest or first),
+        box(block_n, first), box(block_n, rest or first), box(block_n, rest or first, planes),
         out, tiles, count, rows,
-        HEADS=heads, KV_HEADS=(total - heads) // 2, HEAD_DIM=head_dim, FIRST=first, REST=rest,
+        HEADS=heads, KV_HEADS=(total - heads) // 2, HEAD_DIM=head_dim, FIRST=first, REST=rest, ONES=stride > head_dim,
         BLOCK_N=block_n, BUFFERS=buffers, PROGRAMS=programs, DTYPE=_DTYPES[qkv.dtype],
         num_warps=4, maxnreg=168,
     )  # fmt: skip
@@ -66,8 +69,18 @@ def zero_rows(x, first, ROWS: gl.constexpr, COLUMNS: gl.constexpr, DTYPE: gl.con
 
 
 @gluon.jit
+def find_tile(tiles_ptr, work, HEADS: gl.constexpr):
+    """Which queries, keys and head: the tiles of a segment, head by head, so that its keys stay in the L2."""
+    entry = tiles_ptr + work // HEADS * 4  # some tile of the segment
+    q0, k0, k1 = gl.load(entry), gl.load(entry + 2), gl.load(entry + 3)
+    tiles = gl.cdiv(k1 - k0, 128)
+    nth = work - (work // HEADS - (q0 - k0) // 128) * HEADS
+    return k0 + nth % tiles * 128, k0, k1, nth // tiles
+
+
+@gluon.jit
 def load_tiles(
-    q_desc, q_rest_desc, kv_desc, kv_rest_desc, tiles_ptr, tiles, capacity,
+    q_desc, q_rest_desc, kv_desc, k_rest_desc, v_rest_desc, tiles_ptr, tiles, capacity,
     q, q_rest, k, k_rest, v, v_rest, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     HEADS: gl.constexpr, KV_HEADS: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr,
     BLOCK_N: gl.constexpr, BUFFERS: gl.constexpr, PROGRAMS: gl.constexpr,
@@ -77,19 +90,19 @@ def load_tiles(
     block = 0
     turn = 0
     for work in range(gl.program_id(0), tiles * HEADS, PROGRAMS):
-        tile, head = work % tiles, work // tiles
-        q0, k0, k1 = gl.load(tiles_ptr + tile * 4), gl.load(tiles_ptr + tile * 4 + 2), gl.load(tiles_ptr + tile * 4 + 3)
+        q0, k0, k1, head = find_tile(tiles_ptr, work, HEADS)
         kv_head = head // (HEADS // KV_HEADS)
         query = head * capacity + q0
         key, value = (HEADS + kv_head) * capacity + k0, (HEADS + KV_HEADS + kv_head) * capacity + k0
-        mbarrier.wait(q_empty, (turn & 1) ^ 1)
-        mbarrier.expect(q_full, 2 * GROUP * (FIRST + REST) * 2)
+        own, phase = turn % 2, ((turn // 2) & 1) ^ 1
+        full = q_full.index(own)
+        mbarrier.wait(q_empty.index(own), phase)
+        mbarrier.expect(full, 2 * GROUP * (FIRST + REST) * 2)
         for group in gl.static_range(2):
-            tma.async_copy_global_to_shared(q_desc, [query + group * GROUP, 0], q_full, q.index(group))
+            row = query + group * GROUP
+            tma.async_copy_global_to_shared(q_desc, [row, 0], full, q.index(own * 2 + group))
             if REST > 0:
-                tma.async_copy_global_to_shared(
-                    q_rest_desc, [query + group * GROUP, FIRST], q_full, q_rest.index(group)
-                )
+                tma.async_copy_global_to_shared(q_rest_desc, [row, FIRST], full, q_rest.index(own * 2 + group))
         blocks = gl.cdiv(k1 - k0, BLOCK_N)
         for j in range(blocks):
             row = gl.where(j == 0, blocks - 1, j - 1) * BLOCK_N
@@ -99,13 +112,13 @@ def load_tiles(
             mbarrier.expect(full, BLOCK_N * (FIRST + REST) * 2)
             tma.async_copy_global_to_shared(kv_desc, [key + row, 0], full, k.index(at))
             if REST > 0:
-                tma.async_copy_global_to_shared(kv_rest_desc, [key + row, FIRST], full, k_rest.index(at))
+                tma.async_copy_global_to_shared(k_rest_desc, [key + row, FIRST], full, k_rest.index(at))
             full = v_full.index(at)
             mbarrier.wait(v_empty.index(at), phase)
             mbarrier.expect(full, BLOCK_N * (FIRST + REST) * 2)
             tma.async_copy_global_to_shared(kv_desc, [value + row, 0], full, v.index(at))
             if REST > 0:
-                tma.async_copy_global_to_shared(kv_rest_desc, [value + row, FIRST], full, v_rest.index(at))
+                tma.async_copy_global_to_shared(v_rest_desc, [value + row, FIRST], full, v_rest.index(at))
             block += 1
         turn += 1
 
@@ -114,7 +127,7 @@ def load_tiles(
 def attend(
     out_ptr, tiles_ptr, tiles,
     q, q_rest, k, k_rest, v, v_rest, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, GROUP_ID: gl.constexpr,
-    HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr,
+    HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr, ONES: gl.constexpr,
     BLOCK_N: gl.constexpr, BUFFERS: gl.constexpr, PROGRAMS: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: softmax(q k.T) v for its 64 rows of every tile."""
@@ -132,13 +145,11 @@ def attend(
     turn = 0
     swaps = 0
     for work in range(gl.program_id(0), tiles * HEADS, PROGRAMS):
-        tile, head = work % tiles, work // tiles
-        q0, q1 = gl.load(tiles_ptr + tile * 4), gl.load(tiles_ptr + tile * 4 + 1)
-        length = gl.load(tiles_ptr + tile * 4 + 3) - gl.load(tiles_ptr + tile * 4 + 2)
-        blocks = gl.cdiv(length, BLOCK_N)
-        tail = length - (blocks - 1) * BLOCK_N
-        mbarrier.wait(q_full, turn & 1)
-        my_q, my_q_rest = q.index(GROUP_ID), q_rest.index(GROUP_ID)
+        q0, k0, k1, head = find_tile(tiles_ptr, work, HEADS)
+        blocks = gl.cdiv(k1 - k0, BLOCK_N)
+        tail = k1 - k0 - (blocks - 1) * BLOCK_N
+        mbarrier.wait(q_full.index(turn % 2), (turn // 2) & 1)
+        my_q, my_q_rest = q.index(turn % 2 * 2 + GROUP_ID), q_rest.index(turn % 2 * 2 + GROUP_ID)
         acc = gl.zeros([GROUP, FIRST], gl.float32, la)
         if REST > 0:
             acc_rest = gl.zeros([GROUP, REST], gl.float32, lb)
@@ -151,7 +162,7 @@ def attend(
         scores = gl.where(gl.expand_dims(columns < tail, 0), scores, float("-inf"))
         largest = gl.max(scores, 1)
         p = gl.exp2(scores - gl.expand_dims(largest, 1))
-        total = gl.sum(p, 1)
+        total = gl.zeros([GROUP], gl.float32, gl.SliceLayout(1, ls)) if ONES else gl.sum(p, 1)
         p = p.to(DTYPE)
         p_a = gl.convert_layout(p, operand_a)
         if REST > 0:
@@ -180,7 +191,8 @@ def attend(
             new = gl.maximum(largest, gl.max(scores, 1))
             decay = gl.exp2(largest - new)
             p = gl.exp2(scores - gl.expand_dims(new, 1))
-            total = total * decay + gl.sum(p, 1)
+            if not ONES:
+                total = total * decay + gl.sum(p, 1)
             largest = new
             p = p.to(DTYPE)
             # waiting for the next keys here keeps the softmax, in ptxas's schedule, before the wait for the values
@@ -195,7 +207,7 @@ def attend(
             if REST > 0:
                 acc_rest = acc_rest * gl.expand_dims(gl.convert_layout(decay, row_b), 1)
                 p_b = gl.convert_layout(p, operand_b)
-        mbarrier.arrive(q_empty, count=1)
+        mbarrier.arrive(q_empty.index(turn % 2), count=1)
         at = block % BUFFERS
         mbarrier.wait(v_full.index(at), (block // BUFFERS) & 1)
         acc = warpgroup_mma(p_a, v.index(at), acc, is_async=True)
@@ -207,9 +219,12 @@ def attend(
         mbarrier.arrive(v_empty.index(at), count=1)
         block += 1
         turn += 1
-        store_heads(out_ptr, acc, total, q0 + GROUP_ID * GROUP, q1, head, 0, HEADS, HEAD_DIM, DTYPE)
+        if ONES:
+            column = gl.expand_dims(gl.arange(0, REST, layout=gl.SliceLayout(0, lb)), 0)
+            total = gl.sum(gl.where(column == HEAD_DIM - FIRST, acc_rest, 0.0), 1)
+        store_heads(out_ptr, acc, total, q0 + GROUP_ID * GROUP, k1, head, 0, HEADS, HEAD_DIM, DTYPE)
         if REST > 0:
-            store_heads(out_ptr, acc_rest, total, q0 + GROUP_ID * GROUP, q1, head, FIRST, HEADS, HEAD_DIM, DTYPE)
+            store_heads(out_ptr, acc_rest, total, q0 + GROUP_ID * GROUP, k1, head, FIRST, HEADS, HEAD_DIM, DTYPE)
 
 
 @gluon.jit
@@ -233,33 +248,34 @@ def store_heads(
 
 @gluon.jit
 def hopper_attention_kernel(
-    q_desc, q_rest_desc, kv_desc, kv_rest_desc,  # [planes, HEAD_DIM] in boxes of 64 or BLOCK_N rows, FIRST or REST wide
+    q_desc, q_rest_desc, kv_desc, k_rest_desc,  # [planes, HEAD_DIM] in boxes of 64 or BLOCK_N rows, FIRST or REST wide
+    v_rest_desc,                                # the same with the columns behind a head
     out_ptr, tiles_ptr, count_ptr, capacity,     # [capacity, HEADS * HEAD_DIM]; int32 [tiles, 4]; tiles at count[0]
     HEADS: gl.constexpr, KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr,
-    BLOCK_N: gl.constexpr, BUFFERS: gl.constexpr, PROGRAMS: gl.constexpr, DTYPE: gl.constexpr,
+    ONES: gl.constexpr, BLOCK_N: gl.constexpr, BUFFERS: gl.constexpr, PROGRAMS: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     tiles = gl.load(count_ptr)
-    q = gl.allocate_shared_memory(DTYPE, [2, 64, FIRST], q_desc.layout)
+    q = gl.allocate_shared_memory(DTYPE, [4, 64, FIRST], q_desc.layout)  # of this tile and the next
     k = gl.allocate_shared_memory(DTYPE, [BUFFERS, BLOCK_N, FIRST], kv_desc.layout)
     v = gl.allocate_shared_memory(DTYPE, [BUFFERS, BLOCK_N, FIRST], kv_desc.layout)
     if REST > 0:
-        q_rest = gl.allocate_shared_memory(DTYPE, [2, 64, REST], q_rest_desc.layout)
-        k_rest = gl.allocate_shared_memory(DTYPE, [BUFFERS, BLOCK_N, REST], kv_rest_desc.layout)
-        v_rest = gl.allocate_shared_memory(DTYPE, [BUFFERS, BLOCK_N, REST], kv_rest_desc.layout)
+        q_rest = gl.allocate_shared_memory(DTYPE, [4, 64, REST], q_rest_desc.layout)
+        k_rest = gl.allocate_shared_memory(DTYPE, [BUFFERS, BLOCK_N, REST], k_rest_desc.layout)
+        v_rest = gl.allocate_shared_memory(DTYPE, [BUFFERS, BLOCK_N, REST], v_rest_desc.layout)
     else:
         q_rest = q
         k_rest = k
         v_rest = v
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=2)
     for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
         mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(BUFFERS):
         mbarrier.init(k_full.index(i), count=1)
@@ -271,16 +287,16 @@ def hopper_attention_kernel(
             (attend, (
                 out_ptr, tiles_ptr, tiles, q, q_rest, k, k_rest, v, v_rest,
                 q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, 0,
-                HEADS, HEAD_DIM, FIRST, REST, BLOCK_N, BUFFERS, PROGRAMS, DTYPE,
+                HEADS, HEAD_DIM, FIRST, REST, ONES, BLOCK_N, BUFFERS, PROGRAMS, DTYPE,
             )),
             (attend, (
                 out_ptr, tiles_ptr, tiles, q, q_rest, k, k_rest, v, v_rest,
                 q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, 1,
-                HEADS, HEAD_DIM, FIRST, REST, BLOCK_N, BUFFERS, PROGRAMS, DTYPE,
+                HEADS, HEAD_DIM, FIRST, REST, ONES, BLOCK_N, BUFFERS, PROGRAMS, DTYPE,
             )),
             (load_tiles, (
-                q_desc, q_rest_desc, kv_desc, kv_rest_desc, tiles_ptr, tiles, capacity, q, q_rest, k, k_rest, v, v_rest,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                q_desc, q_rest_desc, kv_desc, k_rest_desc, v_rest_desc, tiles_ptr, tiles, capacity,
+                q, q_rest, k, k_rest, v, v_rest, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 HEADS, KV_HEADS, FIRST, REST, BLOCK_N, BUFFERS, PROGRAMS,
             )),
         ],

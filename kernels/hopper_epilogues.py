@@ -1,6 +1,7 @@
 """What the matmuls on Hopper do with their products: the epilogues of qkv, linear and residual, in Gluon.
 
-Each takes fp32 [rows, 64] of a tile. Results are stored eight columns (16 bytes) a thread.
+Each takes fp32 [rows, 64] of a tile, and the vectors of its rows and columns that hopper_matmul put into shared memory.
+Results are stored eight columns (16 bytes) a thread.
 """
 
 from __future__ import annotations
@@ -13,17 +14,27 @@ STORE_HALF = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))
 
 
 @gluon.jit
-def normalise(y, column, N, mean, rstd, bias_ptr, colsum_ptr):
+def row_vector(side, NTH: gl.constexpr, layout: gl.constexpr):
+    """Of the piece's rows: 0 mean, 1 1/std, 2 and 3 places."""
+    vectors, first = side
+    return gl.expand_dims(vectors.index(first + NTH).load(gl.SliceLayout(1, layout)), 1)
+
+
+@gluon.jit
+def column_vector(side, NTH: gl.constexpr, layout: gl.constexpr):
+    """Of the piece's columns: 0 bias, 1 column sums, 2 and 3 frequencies."""
+    vectors, first = side
+    return gl.expand_dims(vectors.index(first + NTH).load(gl.SliceLayout(0, layout)), 0)
+
+
+@gluon.jit
+def normalise(y, row_side, column_side, NORMED: gl.constexpr):
     """rstd * (y - mean * colsum) + bias; without a norm, y + bias."""
     layout: gl.constexpr = y.type.layout
-    columns = column + gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
-    bias = gl.load(bias_ptr + columns, mask=columns < N, other=0.0)
-    if colsum_ptr is not None:
-        colsum = gl.load(colsum_ptr + columns, mask=columns < N, other=0.0)
-        mean = gl.convert_layout(mean, gl.SliceLayout(1, layout))
-        rstd = gl.convert_layout(rstd, gl.SliceLayout(1, layout))
-        y = gl.expand_dims(rstd, 1) * (y - gl.expand_dims(mean, 1) * gl.expand_dims(colsum, 0))
-    return y + gl.expand_dims(bias, 0)
+    if NORMED:
+        y -= row_vector(row_side, 0, layout) * column_vector(column_side, 1, layout)
+        y *= row_vector(row_side, 1, layout)
+    return y + column_vector(column_side, 0, layout)
 
 
 @gluon.jit
@@ -48,14 +59,15 @@ def pairs(x):
 
 
 @gluon.jit
-def store_linear(y, row, column, rows, N, mean, rstd, operands, OPTIONS: gl.constexpr):
+def store_linear(y, row, column, rows, N, row_side, column_side, operands, OPTIONS: gl.constexpr):
     """activation(norm(x) @ W.T + b) into y [rows, N], or [rows, N / 2] if gated."""
-    y_ptr, bias_ptr, colsum_ptr, source_ptr = operands
+    y_ptr, source_ptr = operands
     ACTIVATION: gl.constexpr = OPTIONS[0]
     GATED: gl.constexpr = OPTIONS[1]
     LIMIT: gl.constexpr = OPTIONS[2]
     SCATTER: gl.constexpr = OPTIONS[3]
-    y = normalise(y, column, N, mean, rstd, bias_ptr, colsum_ptr)
+    NORMED: gl.constexpr = OPTIONS[4]
+    y = normalise(y, row_side, column_side, NORMED)
     if GATED:
         gate, up = pairs(y)
         if LIMIT is not None:
@@ -78,9 +90,9 @@ def store_linear(y, row, column, rows, N, mean, rstd, operands, OPTIONS: gl.cons
 
 
 @gluon.jit
-def store_residual(y, row, column, rows, N, mean, rstd, operands, OPTIONS: gl.constexpr):
+def store_residual(y, row, column, rows, N, row_side, column_side, operands, OPTIONS: gl.constexpr):
     """x + a @ W.T + b into out [rows, N], and the sums of its row and of its squares over these 64 columns."""
-    out_ptr, sums_ptr, x_ptr, bias_ptr, capacity = operands
+    out_ptr, sums_ptr, x_ptr, capacity = operands
     PARTS: gl.constexpr = OPTIONS[0]
     layout: gl.constexpr = y.type.layout
     index = gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, STORE))
@@ -89,8 +101,7 @@ def store_residual(y, row, column, rows, N, mean, rstd, operands, OPTIONS: gl.co
     at = gl.cast(row, gl.int64) * N + (gl.expand_dims(index * N, 1) + gl.expand_dims(columns, 0))
     x = gl.convert_layout(gl.load(x_ptr + at, mask=mask, other=0.0), layout)
     own = column + gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
-    bias = gl.load(bias_ptr + own, mask=own < N, other=0.0)
-    y = (y + (gl.expand_dims(bias, 0) + x.to(gl.float32))).to(out_ptr.dtype.element_ty)
+    y = (y + (column_vector(column_side, 0, layout) + x.to(gl.float32))).to(out_ptr.dtype.element_ty)
     gl.store(out_ptr + at, gl.convert_layout(y, STORE), mask=mask)
     y = gl.where(gl.expand_dims(own < N, 0), y.to(gl.float32), 0.0)
     part = column // 64
@@ -102,44 +113,45 @@ def store_residual(y, row, column, rows, N, mean, rstd, operands, OPTIONS: gl.co
 
 
 @gluon.jit
-def rotate(y, row, column, rows, cos_ptr, sin_ptr, HEAD_DIM: gl.constexpr, ROTATED: gl.constexpr):
-    """Columns 2j and 2j + 1 turned together, in the layout of stores: four angles are one load of 16 bytes."""
-    y = gl.convert_layout(y, STORE)
+def rotate(y, row_side, column_side):
+    """Columns 2j and 2j + 1 turned together, by an angle that a load would take longer to bring than it is computed.
+
+    Whole turns are taken off first, so that the fast cosine errs by 2^-20 at most.
+    """
+    layout: gl.constexpr = y.type.layout
+    high = row_vector(row_side, 2, layout) * column_vector(column_side, 2, layout)
+    angle, _ = pairs(gl.fma(row_vector(row_side, 3, layout), column_vector(column_side, 3, layout), high))
+    angle = gl.fma(gl.floor(gl.fma(angle, 0.15915494309189535, 0.5)), -6.283185307179586, angle)
+    cos = gl.inline_asm_elementwise("cos.approx.f32 $0, $1;", "=f,f", [angle], gl.float32, is_pure=True, pack=1)
+    sin = gl.inline_asm_elementwise("sin.approx.f32 $0, $1;", "=f,f", [angle], gl.float32, is_pure=True, pack=1)
     even, odd = pairs(y)
-    half: gl.constexpr = even.type.layout
-    index = gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, half))
-    pair = column // 2 + gl.arange(0, 32, layout=gl.SliceLayout(0, half))
-    within = gl.max_contiguous(gl.multiple_of(pair % (HEAD_DIM // 2), 4), 4)
-    angle = gl.expand_dims(index * (HEAD_DIM // 2), 1) + gl.expand_dims(within, 0)
-    angle += gl.cast(row, gl.int64) * (HEAD_DIM // 2)
-    turns = gl.expand_dims(row + index < rows, 1) & gl.expand_dims(pair < ROTATED // 2, 0)
-    cos = gl.load(cos_ptr + angle, mask=turns, other=1.0)
-    sin = gl.load(sin_ptr + angle, mask=turns, other=0.0)
     # fma by name: left to the compiler, which product is fused, and so the last bit, depends on the row in the tile
     turned = gl.join(gl.fma(even, cos, -(odd * sin)), gl.fma(odd, cos, even * sin))
-    return gl.convert_layout(gl.reshape(turned, (y.shape[0], 64)), STORE)
+    return gl.convert_layout(gl.reshape(turned, (y.shape[0], 64)), y.type.layout)
 
 
 @gluon.jit
-def store_qkv(y, row, column, rows, N, mean, rstd, operands, OPTIONS: gl.constexpr):
-    """rope(norm(x) @ W.T + b), heads first: y [heads, capacity, HEAD_DIM]."""
-    y_ptr, cos_ptr, sin_ptr, bias_ptr, colsum_ptr, capacity = operands
+def store_qkv(y, row, column, rows, N, row_side, column_side, operands, OPTIONS: gl.constexpr):
+    """rope(norm(x) @ W.T + b), heads first: y [heads, capacity, STRIDE], a one and zeros behind a head."""
+    y_ptr, capacity = operands
     HEAD_DIM: gl.constexpr = OPTIONS[0]
-    ROTATED: gl.constexpr = OPTIONS[1]
+    STRIDE: gl.constexpr = OPTIONS[1]
+    ROTATED: gl.constexpr = OPTIONS[2]
     dtype: gl.constexpr = y_ptr.dtype.element_ty
-    y = normalise(y, column, N, mean, rstd, bias_ptr, colsum_ptr)
-    if ROTATED > 0:
-        if column < ROTATED:
-            stored = rotate(y, row, column, rows, cos_ptr, sin_ptr, HEAD_DIM, ROTATED).to(dtype)
-        else:  # half as much to move between threads
-            stored = gl.convert_layout(y.to(dtype), STORE)
-    else:
-        stored = gl.convert_layout(y.to(dtype), STORE)
+    y = normalise(y, row_side, column_side, True)
+    if column < ROTATED:
+        y = rotate(y, row_side, column_side)
+    stored = gl.convert_layout(y.to(dtype), STORE)
     index = gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, STORE))
     columns = column + gl.arange(0, 64, layout=gl.SliceLayout(0, STORE))
     head = column // HEAD_DIM  # in 32 bits relative to it: a piece touches few heads
-    plane = capacity * HEAD_DIM
+    plane = capacity * STRIDE
     at = gl.max_contiguous(gl.multiple_of((columns // HEAD_DIM - head) * plane + columns % HEAD_DIM, 8), 8)
-    base = y_ptr + gl.cast(head, gl.int64) * plane + gl.cast(row, gl.int64) * HEAD_DIM
+    y_ptrs = y_ptr + gl.cast(head, gl.int64) * plane + gl.cast(row, gl.int64) * STRIDE
+    y_ptrs += gl.expand_dims(index * STRIDE, 1) + gl.expand_dims(at, 0)
     mask = gl.expand_dims(row + index < rows, 1) & gl.expand_dims(columns < N, 0)
-    gl.store(base + (gl.expand_dims(index * HEAD_DIM, 1) + gl.expand_dims(at, 0)), stored, mask=mask)
+    gl.store(y_ptrs, stored, mask=mask)
+    if STRIDE > HEAD_DIM:
+        within = columns % HEAD_DIM - (2 * HEAD_DIM - STRIDE)
+        pad = gl.expand_dims(gl.where(within == 0, 1.0, 0.0), 0) + gl.zeros([y.shape[0], 64], gl.float32, STORE)
+        gl.store(y_ptrs + (STRIDE - HEAD_DIM), pad.to(dtype), mask=mask & gl.expand_dims(within >= 0, 0))

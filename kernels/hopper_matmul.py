@@ -1,9 +1,10 @@
-"""The matmuls on Hopper in Gluon: a warp that loads by TMA, and warpgroups that multiply, each with its own epilogue.
+"""The matmuls on Hopper in Gluon: warps that load and prepare, and warpgroups that multiply and have epilogues.
 
-Either all warpgroups share a tile, or each has a tile of its own and they take turns at the tensor cores, so that one's
-epilogue runs under another's main loop (CUTLASS's "cooperative" and "ping-pong" schedules). A tile of 192 columns is
-two matmuls a step, 128 and 64 wide, since Gluon's tensors are powers of two. Programs are as many as multiprocessors
-and read the count of rows on the device.
+Either all warpgroups share a tile, or each has a tile of its own and they take turns at the tensor cores, so that
+one's epilogue runs under another's main loop (CUTLASS's "cooperative" and "ping-pong" schedules). It does only as long
+as it is the shorter of the two, so warps of their own put what epilogues need of a tile's rows and columns into shared
+memory; one more loads the operands by TMA. A tile of 192 columns is two matmuls a step, 128 and 64 wide, since Gluon's
+tensors are powers of two. Programs are as many as multiprocessors and read the count of rows on the device.
 """
 
 from __future__ import annotations
@@ -21,18 +22,21 @@ from .config import HopperConfig
 
 BLOCK_K = 64  # 128 bytes of a row: the widest swizzle
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+Vectors = tuple[torch.Tensor | None, ...]
 
 
 def hopper_matmul(
     a: torch.Tensor, weight: torch.Tensor, epilogue: Any, operands: tuple[Any, ...], options: tuple[Any, ...], *,
-    moments: tuple[torch.Tensor | None, float, int, bool], config: HopperConfig, programs: int, count: torch.Tensor,
+    columns: Vectors, places: torch.Tensor | None = None, moments: tuple[torch.Tensor | None, float, int, bool],
+    config: HopperConfig, programs: int, count: torch.Tensor,
 ) -> None:  # fmt: skip
     """epilogue(a @ weight.T) in 16 bits: a [rows, depth], weight [columns, depth], of the rows that count[0] holds.
 
-    epilogue: a Gluon function of a tile's piece, `operands` and `options`. moments: (sums, eps, merge, centred) of the
-    norm before the matmul, whose mean and 1/std the epilogue gets.
+    epilogue: a Gluon function of a tile's piece, `operands` and `options`. What it finds in shared memory: of rows, the
+    mean and 1/std by `moments` (sums, eps, merge, centred) and `places` [2, rows]; of columns, the vectors `columns`:
+    bias, column sums, and frequencies [2, columns], all fp32 or None.
     """
-    (rows, depth), columns, dtype = a.shape, weight.shape[0], _DTYPES[a.dtype]
+    (rows, depth), dtype = a.shape, _DTYPES[a.dtype]
     sums, eps, merge, centred = moments
     first = 1 << (config.block_n.bit_length() - 1)
     rest = config.block_n - first
@@ -42,15 +46,15 @@ def hopper_matmul(
         layout = gl.NVMMASharedLayout.get_default_for([height, BLOCK_K], dtype)
         return TensorDescriptor.from_tensor(matrix, [height, BLOCK_K], layout)
 
-    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
+    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(len(weight), config.block_n)
     hopper_matmul_kernel[(min(programs, tiles),)](
-        boxes(a, group_rows), boxes(weight, first), boxes(weight, rest or first), operands, sums, count,
-        columns, depth, 0 if sums is None else sums.shape[2], eps,
+        boxes(a, group_rows), boxes(weight, first), boxes(weight, rest or first),
+        operands, columns, places, sums, count, len(weight), depth, 0 if sums is None else sums.shape[2], eps,
         EPILOGUE=epilogue, OPTIONS=options,
         PARTS=0 if sums is None else sums.shape[1], MERGE=merge, CENTRED=centred,
         ROWS=group_rows, FIRST=first, REST=rest, GROUPS=config.groups, ALTERNATE=config.alternate,
         BUFFERS=config.buffers, PROGRAMS=min(programs, tiles), DTYPE=dtype,
-        num_warps=4, maxnreg=168 if config.groups == 2 else 128,
+        num_warps=4, maxnreg=128,
     )  # fmt: skip
 
 
@@ -88,40 +92,84 @@ def halves(x):
 
 @gluon.jit
 def row_moments(
-    sums_ptr, row, rows, capacity, width, eps, layout: gl.constexpr,
-    ROWS: gl.constexpr, PARTS: gl.constexpr, MERGE: gl.constexpr, CENTRED: gl.constexpr,
-):  # fmt: skip
-    """Mean and 1/std of ROWS rows, as in device.row_moments: the same sums in the same order."""
-    offs = row + gl.arange(0, ROWS, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    sums_ptr, offs, rows, capacity, width, eps, PARTS: gl.constexpr, MERGE: gl.constexpr, CENTRED: gl.constexpr
+):
+    """Mean and 1/std of rows, as in device.row_moments: the same sums in the same order."""
+    layout: gl.constexpr = offs.type.layout
     inside = offs < rows
-    total = gl.zeros([ROWS], gl.float32, gl.BlockedLayout([1], [32], [4], [0]))
-    square = gl.zeros([ROWS], gl.float32, gl.BlockedLayout([1], [32], [4], [0]))
-    for part in gl.static_range(PARTS):
-        for i in gl.static_range(MERGE):
-            at = offs * MERGE + i
-            total += gl.load(sums_ptr + part * capacity + at, mask=inside, other=0.0)
-            square += gl.load(sums_ptr + (PARTS + part) * capacity + at, mask=inside, other=0.0)
+    total = gl.zeros([offs.shape[0]], gl.float32, layout)
+    square = gl.zeros([offs.shape[0]], gl.float32, layout)
+    for first in range(0, PARTS, 6):  # as many loads in flight as registers hold
+        for part in gl.static_range(6):
+            sums = sums_ptr + (first + part) * capacity + offs * MERGE
+            wanted = inside & (first + part < PARTS)
+            for i in gl.static_range(MERGE):
+                total += gl.load(sums + i, mask=wanted, other=0.0)
+                square += gl.load(sums + PARTS * capacity + i, mask=wanted, other=0.0)
     mean = total / width
     if not CENTRED:
-        mean = gl.zeros([ROWS], gl.float32, gl.BlockedLayout([1], [32], [4], [0]))
-    rstd = gl.rsqrt(gl.maximum(square / width - mean * mean, 0.0) + eps)
-    return gl.convert_layout(mean, layout), gl.convert_layout(rstd, layout)
+        mean = gl.zeros([offs.shape[0]], gl.float32, layout)
+    return mean, gl.rsqrt(gl.maximum(square / width - mean * mean, 0.0) + eps)
+
+
+@gluon.jit
+def prepare_vectors(
+    numbers, vectors,
+    PARTS: gl.constexpr, MERGE: gl.constexpr, CENTRED: gl.constexpr,
+    ROWS: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr, SETS: gl.constexpr, SHARING: gl.constexpr,
+    PROGRAMS: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """The preparing warps: what the epilogues need of every tile's rows and columns.
+
+    Four where there are row sums: one warp took 10 us for those of 128 rows, more than the tile's main loop.
+    """
+    _, columns, places_ptr, sums_ptr, rows, N, K, capacity, eps = numbers
+    bias_ptr, colsum_ptr, high_ptr, wide_ptr = columns
+    row_side, column_side, ready, used = vectors
+    threads: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    tiles_n = gl.cdiv(N, FIRST + REST)
+    turn = 0
+    for tile in range(gl.program_id(0), gl.cdiv(rows, ROWS * SHARING) * tiles_n, PROGRAMS):
+        own = turn % SETS
+        mbarrier.wait(used.index(own), ((turn // SETS) & 1) ^ 1)
+        for group in gl.static_range(SHARING):
+            offs = (tile // tiles_n * SHARING + group) * ROWS + gl.arange(0, ROWS, layout=threads)
+            at = (own * SHARING + group) * 4
+            if PARTS > 0:
+                mean, rstd = row_moments(sums_ptr, offs, rows, capacity, K, eps, PARTS, MERGE, CENTRED)
+                row_side.index(at).store(mean)
+                row_side.index(at + 1).store(rstd)
+            if places_ptr is not None:
+                row_side.index(at + 2).store(gl.load(places_ptr + offs, mask=offs < rows, other=0.0))
+                row_side.index(at + 3).store(gl.load(places_ptr + capacity + offs, mask=offs < rows, other=0.0))
+        for piece in gl.static_range((FIRST + REST) // 64):
+            offs = tile % tiles_n * (FIRST + REST) + piece * 64 + gl.arange(0, 64, layout=threads)
+            at = (own * ((FIRST + REST) // 64) + piece) * 4
+            column_side.index(at).store(gl.load(bias_ptr + offs, mask=offs < N, other=0.0))
+            if colsum_ptr is not None:
+                column_side.index(at + 1).store(gl.load(colsum_ptr + offs, mask=offs < N, other=0.0))
+            if high_ptr is not None:
+                column_side.index(at + 2).store(gl.load(high_ptr + offs, mask=offs < N, other=0.0))
+                column_side.index(at + 3).store(gl.load(wide_ptr + offs, mask=offs < N, other=0.0))
+        mbarrier.arrive(ready.index(own), count=1)
+        turn += 1
 
 
 @gluon.jit
 def multiply(
-    numbers, shared, turns, GROUP_ID: gl.constexpr,
-    EPILOGUE: gl.constexpr, OPTIONS: gl.constexpr, PARTS: gl.constexpr, MERGE: gl.constexpr, CENTRED: gl.constexpr,
+    numbers, shared, vectors, turns, GROUP_ID: gl.constexpr, EPILOGUE: gl.constexpr, OPTIONS: gl.constexpr,
     ROWS: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr, GROUPS: gl.constexpr, ALTERNATE: gl.constexpr,
     BUFFERS: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: its tiles, or its rows of the shared ones."""
-    operands, sums_ptr, rows, N, K, capacity, eps = numbers
+    operands, _, _, _, rows, N, K, _, _ = numbers
     a, b, b_rest, full, empty = shared
+    row_side, column_side, ready, used = vectors
     SHARING: gl.constexpr = 1 if ALTERNATE else GROUPS
     OWN: gl.constexpr = GROUP_ID if ALTERNATE else 0  # first tile of this group, in programs
     PART: gl.constexpr = 0 if ALTERNATE else GROUP_ID  # of a tile's rows
     STRIDE: gl.constexpr = GROUPS * PROGRAMS if ALTERNATE else PROGRAMS
+    PIECES: gl.constexpr = (FIRST + REST) // 64
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FIRST, 16])
     layout_rest: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, REST if REST > 0 else 16, 16])
     tiles_n = gl.cdiv(N, FIRST + REST)
@@ -130,12 +178,6 @@ def multiply(
     turn = 0
     for tile in range(gl.program_id(0) + OWN * PROGRAMS, gl.cdiv(rows, ROWS * SHARING) * tiles_n, STRIDE):
         row, column = (tile // tiles_n * SHARING + PART) * ROWS, tile % tiles_n * (FIRST + REST)
-        mean = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
-        rstd = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
-        if PARTS > 0:  # before the turn: under the other's main loop
-            mean, rstd = row_moments(
-                sums_ptr, row, rows, capacity, K, eps, gl.SliceLayout(1, layout), ROWS, PARTS, MERGE, CENTRED
-            )
         acc = gl.zeros([ROWS, FIRST], gl.float32, layout)
         if REST > 0:
             acc_rest = gl.zeros([ROWS, REST], gl.float32, layout_rest)
@@ -155,7 +197,6 @@ def multiply(
             step += 1
         if ALTERNATE:
             mbarrier.arrive(turns.index(1 - GROUP_ID), count=1)
-            turn += 1
         if REST > 0:
             acc, acc_rest = warpgroup_mma_wait(0, deps=(acc, acc_rest))
         else:
@@ -164,20 +205,35 @@ def multiply(
         if ALTERNATE:
             step += steps * (GROUPS - 1)
 
+        mbarrier.wait(ready.index(OWN), turn & 1)
+        own_rows = (row_side, (OWN * SHARING + PART) * 4)
         if FIRST == 128:
             left, right = halves(acc)
-            EPILOGUE(left, row, column, rows, N, mean, rstd, operands, OPTIONS)
-            EPILOGUE(right, row, column + 64, rows, N, mean, rstd, operands, OPTIONS)
+            EPILOGUE(left, row, column, rows, N, own_rows, (column_side, OWN * PIECES * 4), operands, OPTIONS)
+            EPILOGUE(right, row, column + 64, rows, N, own_rows, (column_side, OWN * PIECES * 4 + 4), operands, OPTIONS)
         else:
-            EPILOGUE(acc, row, column, rows, N, mean, rstd, operands, OPTIONS)
+            EPILOGUE(acc, row, column, rows, N, own_rows, (column_side, OWN * PIECES * 4), operands, OPTIONS)
         if REST > 0:
-            EPILOGUE(acc_rest, row, column + FIRST, rows, N, mean, rstd, operands, OPTIONS)
+            EPILOGUE(
+                acc_rest,
+                row,
+                column + FIRST,
+                rows,
+                N,
+                own_rows,
+                (column_side, (OWN + 1) * PIECES * 4 - 4),
+                operands,
+                OPTIONS,
+            )
+        mbarrier.arrive(used.index(OWN), count=1)
+        turn += 1
 
 
 @gluon.jit
 def hopper_matmul_kernel(
     a_desc, b_desc, b_rest_desc,  # [rows, K] in boxes of ROWS, [N, K] in boxes of FIRST and REST rows, 64 columns wide
-    operands, sums_ptr, count_ptr,             # of the epilogue; fp32 [2, PARTS, capacity]; rows at [0]
+    operands, columns, places_ptr,             # of the epilogue; fp32 [N] each; fp32 [2, capacity]
+    sums_ptr, count_ptr,                       # fp32 [2, PARTS, capacity]; rows at [0]
     N, K, capacity, eps,
     EPILOGUE: gl.constexpr, OPTIONS: gl.constexpr, PARTS: gl.constexpr, MERGE: gl.constexpr, CENTRED: gl.constexpr,
     ROWS: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr, GROUPS: gl.constexpr, ALTERNATE: gl.constexpr,
@@ -185,56 +241,72 @@ def hopper_matmul_kernel(
 ):  # fmt: skip
     rows = gl.load(count_ptr)
     SHARING: gl.constexpr = 1 if ALTERNATE else GROUPS
+    SETS: gl.constexpr = GROUPS if ALTERNATE else 1  # of vectors: a tile's
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     a = gl.allocate_shared_memory(DTYPE, [BUFFERS * SHARING, ROWS, 64], a_desc.layout)
     b = gl.allocate_shared_memory(DTYPE, [BUFFERS, FIRST, 64], b_desc.layout)
     b_rest = gl.allocate_shared_memory(DTYPE, [BUFFERS, REST, 64], b_rest_desc.layout) if REST > 0 else b
+    row_side = gl.allocate_shared_memory(gl.float32, [SETS * SHARING * 4, ROWS], flat)
+    column_side = gl.allocate_shared_memory(gl.float32, [SETS * (FIRST + REST) // 64 * 4, 64], flat)
     full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [SETS, 1], mbarrier.MBarrierLayout())
+    used = gl.allocate_shared_memory(gl.int64, [SETS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(turns.index(i), count=1)
+    for i in gl.static_range(SETS):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(used.index(i), count=SHARING)
     for i in gl.static_range(BUFFERS):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=SHARING)
     shared = (a, b, b_rest, full, empty)
-    numbers = (operands, sums_ptr, rows, N, K, capacity, eps)
+    vectors = (row_side, column_side, ready, used)
+    numbers = (operands, columns, places_ptr, sums_ptr, rows, N, K, capacity, eps)
     if GROUPS == 2:
         gl.warp_specialize(
             [
                 (multiply, (
-                    numbers, shared, turns, 0, EPILOGUE, OPTIONS, PARTS, MERGE, CENTRED,
+                    numbers, shared, vectors, turns, 0, EPILOGUE, OPTIONS,
                     ROWS, FIRST, REST, GROUPS, ALTERNATE, BUFFERS, PROGRAMS,
                 )),
                 (multiply, (
-                    numbers, shared, turns, 1, EPILOGUE, OPTIONS, PARTS, MERGE, CENTRED,
+                    numbers, shared, vectors, turns, 1, EPILOGUE, OPTIONS,
                     ROWS, FIRST, REST, GROUPS, ALTERNATE, BUFFERS, PROGRAMS,
                 )),
                 (load_operands, (
                     a_desc, b_desc, b_rest_desc, rows, N, K, shared, ROWS, FIRST, REST, SHARING, BUFFERS, PROGRAMS,
                 )),
+                (prepare_vectors, (
+                    numbers, vectors, PARTS, MERGE, CENTRED, ROWS, FIRST, REST, SETS, SHARING, PROGRAMS, 4,
+                )),
             ],
-            [4, 1],  # warps of all but the first
-            [240, 24],  # their registers a thread
+            [4, 1, 4],  # warps of all but the first
+            [224, 24, 40],  # their registers a thread
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
                 (multiply, (
-                    numbers, shared, turns, 0, EPILOGUE, OPTIONS, PARTS, MERGE, CENTRED,
+                    numbers, shared, vectors, turns, 0, EPILOGUE, OPTIONS,
                     ROWS, FIRST, REST, GROUPS, ALTERNATE, BUFFERS, PROGRAMS,
                 )),
                 (multiply, (
-                    numbers, shared, turns, 1, EPILOGUE, OPTIONS, PARTS, MERGE, CENTRED,
+                    numbers, shared, vectors, turns, 1, EPILOGUE, OPTIONS,
                     ROWS, FIRST, REST, GROUPS, ALTERNATE, BUFFERS, PROGRAMS,
                 )),
                 (multiply, (
-                    numbers, shared, turns, 2, EPILOGUE, OPTIONS, PARTS, MERGE, CENTRED,
+                    numbers, shared, vectors, turns, 2, EPILOGUE, OPTIONS,
                     ROWS, FIRST, REST, GROUPS, ALTERNATE, BUFFERS, PROGRAMS,
                 )),
                 (load_operands, (
                     a_desc, b_desc, b_rest_desc, rows, N, K, shared, ROWS, FIRST, REST, SHARING, BUFFERS, PROGRAMS,
                 )),
+                (prepare_vectors, (
+                    numbers, vectors, PARTS, MERGE, CENTRED, ROWS, FIRST, REST, SETS, SHARING, PROGRAMS, 1,
+                )),
             ],
-            [4, 4, 1],
-            [160, 160, 24],
+            [4, 4, 1, 1],
+            [152, 152, 48, 48],
         )  # fmt: skip

@@ -95,8 +95,9 @@ def linear(
 
         merged = x.flatten()[: rows * depth].view(rows, depth)  # a bucket need not hold a whole number of merged rows
         hopper_matmul(
-            merged, weight, store_linear, (y, bias, colsum if groups else None, source),
-            (activation, gated, limit, scatter), moments=(sums if groups else None, eps, merge, centred),
+            merged, weight, store_linear, (y, source), (activation, gated, limit, scatter, groups > 0),
+            columns=(bias, colsum if groups else None, None, None),
+            moments=(sums if groups else None, eps, merge, centred),
             config=hopper, programs=multiprocessors(x.device), count=count,
         )  # fmt: skip
         return

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .config import device_arch, gemm_config, hopper_config, multiprocessors, precision, wide
-from .device import matmul_tile, row_moments, tile_of
+from .device import cos_sin, matmul_tile, row_moments, tile_of
 
 
 def moments_ref(
@@ -27,12 +27,12 @@ def moments_ref(
 def qkv_ref(
     x: torch.Tensor,
     sums: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
+    places: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
     colsum: torch.Tensor,
     gain: torch.Tensor | None,
+    frequencies: torch.Tensor | None,
     *,
     head_dim: int,
     rotated: int,
@@ -41,9 +41,12 @@ def qkv_ref(
     eps: float,
     centred: bool,
 ) -> torch.Tensor:
-    """[heads, rows, head_dim]: the first `normed` heads (queries, keys) through an RMSNorm of their own, times gain,
+    """[heads, rows, stride]: the first `normed` heads (queries, keys) through an RMSNorm of their own, times gain,
 
-    the first `rotated` heads through the rotary embedding (arXiv 2104.09864).
+    the first `rotated` heads through the 2-D rotary embedding of Qwen2-VL (arXiv 2409.12191): the angle of a pair of
+    columns is places[0] * frequencies[0] + places[1] * frequencies[1], of [2, rows] and [2, columns]. stride is
+    head_dim rounded up to 16; where that leaves columns, they hold a one, then zeros: attention's sum of weights in a
+    column of its product.
     """
     mean, rstd = moments_ref(sums, x.shape[1], eps, centred)
     y = rstd[:, None] * (F.linear(wide(x), wide(weight)) - mean[:, None] * colsum) + bias
@@ -52,24 +55,28 @@ def qkv_ref(
         heads = y[:, :normed]
         heads = heads * torch.rsqrt((heads * heads).mean(-1, keepdim=True) + head_eps) * gain.view(-1, head_dim)
         y = torch.cat([heads, y[:, normed:]], 1)
-    if cos is not None and sin is not None:
+    if places is not None and frequencies is not None:
         even, odd = y[:, :rotated].unflatten(-1, (-1, 2)).unbind(-1)
-        c, s = cos[:, None], sin[:, None]
+        angle = torch.einsum("am,aj->mj", places, frequencies[:, : rotated * head_dim : 2])
+        angle = angle.unflatten(1, (rotated, -1))
+        c, s = angle.cos(), angle.sin()
         turned = torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(2)
         y = torch.cat([turned, y[:, rotated:]], 1)
-    return y.transpose(0, 1).to(x.dtype).contiguous()
+    stride = -(-head_dim // 16) * 16
+    pad = torch.eye(1, stride - head_dim, dtype=y.dtype, device=y.device).expand(*y.shape[:2], -1)
+    return torch.cat([y, pad], 2).transpose(0, 1).to(x.dtype).contiguous()
 
 
 def qkv(
     y: torch.Tensor,
     x: torch.Tensor,
     sums: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
+    places: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
     colsum: torch.Tensor,
     gain: torch.Tensor | None,
+    frequencies: torch.Tensor | None,
     *,
     head_dim: int,
     rotated: int,
@@ -79,7 +86,7 @@ def qkv(
     centred: bool,
     count: torch.Tensor,
 ) -> None:
-    """Launch over the rows that count[0] holds. y is [heads, rows, head_dim]."""
+    """Launch over the rows that count[0] holds. y is [heads, rows, stride]."""
     rows, (columns, width) = x.shape[0], weight.shape
     hopper = hopper_config("qkv", rows, x.dtype, device_arch(x.device)) if gain is None else None
     if hopper:
@@ -87,29 +94,31 @@ def qkv(
         from .hopper_matmul import hopper_matmul
 
         hopper_matmul(
-            x, weight, store_qkv, (y, cos, sin, bias, colsum, rows), (head_dim, rotated * head_dim),
+            x, weight, store_qkv, (y, rows), (head_dim, y.shape[2], rotated * head_dim),
+            columns=(bias, colsum, *(frequencies if frequencies is not None else (None, None))), places=places,
             moments=(sums, eps, 1, centred), config=hopper, programs=multiprocessors(x.device), count=count,
         )  # fmt: skip
         return
     c = gemm_config("qkv", rows, x.dtype, device_arch(x.device))
     qkv_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(columns, c.block_n),)](
-        y, x, sums, cos, sin, weight, bias, colsum, gain, count,
+        y, x, sums, places, weight, bias, colsum, gain, frequencies, count,
         columns, width, rows, eps, head_eps,
-        HEAD_DIM=head_dim, ROTATED=rotated * head_dim, NORMED=normed * head_dim, PARTS=sums.shape[1], CENTRED=centred,
-        EVEN_K=width % c.block_k == 0, PRECISION=precision(x.dtype),
+        HEAD_DIM=head_dim, STRIDE=y.shape[2], ROTATED=rotated * head_dim, NORMED=normed * head_dim,
+        PARTS=sums.shape[1], CENTRED=centred, EVEN_K=width % c.block_k == 0, PRECISION=precision(x.dtype),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
 
 
 @triton.jit
 def qkv_kernel(
-    y_ptr,                                     # [heads, capacity, HEAD_DIM]
-    x_ptr, sums_ptr, cos_ptr, sin_ptr,         # [capacity, K], fp32 [2, PARTS, capacity], fp32 [capacity, HEAD_DIM / 2]
+    y_ptr,                                     # [heads, capacity, STRIDE]
+    x_ptr, sums_ptr, places_ptr,               # [capacity, K], fp32 [2, PARTS, capacity], fp32 [2, capacity]
     weight_ptr, bias_ptr, colsum_ptr,          # [N, K], fp32 [N]
-    gain_ptr,                                  # fp32 [NORMED]
+    gain_ptr, frequencies_ptr,                 # fp32 [NORMED], [2, N]
     count_ptr,                                 # rows at [0]
     N, K, capacity, eps, head_eps,
-    HEAD_DIM: tl.constexpr, ROTATED: tl.constexpr, NORMED: tl.constexpr, PARTS: tl.constexpr, CENTRED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, STRIDE: tl.constexpr, ROTATED: tl.constexpr, NORMED: tl.constexpr,
+    PARTS: tl.constexpr, CENTRED: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -133,20 +142,25 @@ def qkv_kernel(
         gain = tl.load(gain_ptr + offs_n, mask=offs_n < NORMED, other=0.0)
         y = tl.where((offs_n < NORMED)[None, :], heads * gain[None, :], y)
 
-    if ROTATED > 0:  # columns 2j and 2j + 1 rotate together; values pass through with cos 1, sin 0
-        pair = tl.min(offs_n, 0) // 2 + tl.arange(0, BLOCK_N // 2)
-        within = tl.max_contiguous(tl.multiple_of(pair % (HEAD_DIM // 2), 4), 4)
-        angle = row.to(tl.int64)[:, None] * (HEAD_DIM // 2) + within[None, :]
-        turns = (pair < ROTATED // 2)[None, :] & mask_m[:, None]
-        cos = tl.load(cos_ptr + angle, mask=turns, other=1.0)
-        sin = tl.load(sin_ptr + angle, mask=turns, other=0.0)
+    if ROTATED > 0:  # columns 2j and 2j + 1 rotate together; values have frequencies of zero
+        pair = tl.min(offs_n, 0) + 2 * tl.arange(0, BLOCK_N // 2)
+        high = tl.load(frequencies_ptr + pair, mask=pair < ROTATED, other=0.0)
+        wide = tl.load(frequencies_ptr + N + pair, mask=pair < ROTATED, other=0.0)
+        angle_y = tl.load(places_ptr + row)[:, None] * high[None, :]
+        angle = tl.fma(tl.load(places_ptr + capacity + row)[:, None], wide[None, :], angle_y)
+        cos, sin = cos_sin(angle)
         even, odd = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N // 2, 2)))
         # fma by name: which product the compiler fuses, and so the last bit, must not depend on the row in the tile
         turned = tl.join(tl.fma(even, cos, -(odd * sin)), tl.fma(odd, cos, even * sin))
         y = tl.reshape(turned, (BLOCK_M, BLOCK_N))
 
     # head dims are multiples of 8: runs of 8 columns stay together, so stores are 16 bytes wide instead of 2
-    at = offs_n // HEAD_DIM * (capacity * HEAD_DIM).to(tl.int64) + offs_n % HEAD_DIM
+    at = offs_n // HEAD_DIM * (capacity * STRIDE).to(tl.int64) + offs_n % HEAD_DIM
     at = tl.max_contiguous(tl.multiple_of(at, 8), 8)
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * STRIDE + at[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
-    tl.store(y_ptr + offs_m.to(tl.int64)[:, None] * HEAD_DIM + at[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if STRIDE > HEAD_DIM:  # the last columns of a head are followed by 1, 0, 0 ...
+        within = offs_n % HEAD_DIM - (2 * HEAD_DIM - STRIDE)
+        pad = tl.where(within == 0, 1.0, 0.0)[None, :] + tl.zeros((BLOCK_M, 1), tl.float32)
+        tl.store(y_ptrs + (STRIDE - HEAD_DIM), pad.to(y_ptr.dtype.element_ty), mask=mask & (within >= 0)[None, :])

@@ -38,7 +38,7 @@ def residual(
         from .hopper_matmul import hopper_matmul
 
         hopper_matmul(
-            a, weight, store_residual, (out, sums, x, bias, rows), (sums.shape[1],),
+            a, weight, store_residual, (out, sums, x, rows), (sums.shape[1],), columns=(bias, None, None, None),
             moments=(None, 0.0, 1, True), config=hopper, programs=multiprocessors(x.device), count=count,
         )  # fmt: skip
         return

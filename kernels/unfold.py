@@ -1,4 +1,4 @@
-"""Unfold: the per-image table into what kernels need per row (angles, position taps, source) and per attention tile.
+"""Unfold: the per-image table into what kernels need per row (place, position taps, source) and per attention tile.
 
 The host sends a few integers per image; nothing per row is ever computed or copied by it. One launch a call.
 
@@ -15,35 +15,40 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-HEADER = 8  # table: rows, merged rows, images, attention tiles, windows, 3 unused; then FIELDS integers per image
-FIELDS = 9  # t, h, w, first row, first patch, first merged row, frames per segment, first tile, first window
-IMAGES = 2
+# table: rows, merged rows, images, attention tiles, windows, patches, address of the pixels (64 bits); then FIELDS
+# integers per image
+HEADER = 8
+# t, h, w, first row, first patch, first merged row, frames per segment, first window; then, in the n-th image's place,
+# the first tile and the number of the image with the n-th longest segments
+FIELDS = 10
+IMAGES, PATCHES, ADDRESS = 2, 5, 6  # places in the header
 BLOCK = 32
 
 
 def unfold_ref(
     table: torch.Tensor,
-    inv_freq: torch.Tensor | None,
     *,
     merge: int,
     raster: bool,
     class_token: bool,
     window: int,
-    interleaved: bool,
     side: int,
     align_corners: bool,
     taps: int,
     tile: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor | None, ...]:
-    """cos, sin [rows, head_dim / 2]; tap_index, tap_weight [rows, taps]; source [rows]; tiles, windows [n, 4].
+    """places [2, rows] (y, x); tap_index, tap_weight [rows, taps]; source [rows]; tiles, windows [n, 4].
 
-    A tile or window is (q0, q1, k0, k1). Angles: 2-D rotary embedding of Qwen2-VL (arXiv 2409.12191). Windows:
-    Qwen2.5-VL (arXiv 2502.13923). Taps: as torch.nn.functional.interpolate; a class token and the frames of a clip
-    have rows of their own behind the table's side * side.
+    A tile or window is (q0, q1, k0, k1). Windows: Qwen2.5-VL (arXiv 2502.13923). Taps: as
+    torch.nn.functional.interpolate; a class token and the frames of a clip have rows of their own behind the table's
+    side * side.
     """
-    dtype = torch.float32 if inv_freq is None else inv_freq.dtype
     frames, sources, tiles, windows, row, patch = [], [], [], [], 0, 0
-    for t, h, w, _, _, _, per_segment, _, _ in table[HEADER:].view(-1, FIELDS)[: int(table[IMAGES])].tolist():
+    images = table[HEADER:].view(-1, FIELDS)[: int(table[IMAGES])].tolist()
+    for t, h, w, _, _, _, per_segment, *_ in images:
+        own: list[tuple[int, int, int, int]] = []
+        tiles.append(own)
         grid = torch.arange(h * w, device=table.device).view(h, w)
         blocks = grid.view(h // merge, merge, w // merge, merge).transpose(1, 2).flatten(2)
         place = torch.empty_like(grid).flatten()  # where pixel_values has the patch at (y, x)
@@ -59,24 +64,18 @@ def unfold_ref(
             windows += [(a, b, a, b) for a, b in itertools.pairwise(ends)]
             if frame % per_segment == 0:
                 end = row + per_segment * (h * w + class_token)
-                tiles += [(q0, min(q0 + tile, end), row, end) for q0 in range(row, end, tile)]
+                own += [(q0, min(q0 + tile, end), row, end) for q0 in range(row, end, tile)]
             row += h * w + class_token
         patch += t * h * w
 
-    angles = index = weight = None
-    if inv_freq is not None:
-        angles = torch.cat([_angles(y, x, inv_freq, interleaved) for y, x, *_ in frames])
+    places = torch.stack([torch.cat([y for y, *_ in frames]), torch.cat([x for _, x, *_ in frames])]).to(dtype)
+    index = weight = None
     if taps:
         pairs = [_taps(*frame, side, align_corners, taps, class_token, dtype) for frame in frames]
         index, weight = (torch.cat(column) for column in zip(*pairs, strict=True))
-    rows = [torch.tensor(r, dtype=torch.int32, device=table.device) for r in (tiles, windows)]
-    cos, sin = (None, None) if angles is None else (angles.cos(), angles.sin())
-    return cos, sin, None if index is None else index.int(), weight, torch.cat(sources).int(), *rows
-
-
-def _angles(y: torch.Tensor, x: torch.Tensor, inv_freq: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    pair = torch.stack([y, x], 1)[:, :, None].to(inv_freq.dtype) * inv_freq
-    return pair.flip(1).transpose(1, 2).flatten(1) if interleaved else pair.flatten(1)
+    ranked = [span for *_, number in images for span in tiles[number]]
+    spans = [torch.tensor(s, dtype=torch.int32, device=table.device) for s in (ranked, windows)]
+    return places, None if index is None else index.int(), weight, torch.cat(sources).int(), *spans
 
 
 def _taps(
@@ -119,35 +118,31 @@ def _axis_taps(
 
 
 def unfold(
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
+    places: torch.Tensor | None,
     tap_index: torch.Tensor | None,
     tap_weight: torch.Tensor | None,
     source: torch.Tensor | None,
     tiles: torch.Tensor,
     windows: torch.Tensor | None,
     table: torch.Tensor,
-    inv_freq: torch.Tensor | None,
     *,
     merge: int,
     raster: bool,
     class_token: bool,
     window: int,
-    interleaved: bool,
     side: int,
     align_corners: bool,
     taps: int,
     tile: int,
 ) -> None:
-    """Launch. cos, sin [rows, head_dim / 2] fp32; taps [rows, taps] int32 and fp32; source int32; tiles [tiles, 4]."""
+    """Launch. places [2, rows] fp32; taps [rows, taps] int32 and fp32; source int32; tiles [tiles, 4]."""
     images = (table.numel() - HEADER) // FIELDS
-    outputs = [t for t in (cos, tap_index, source, tiles, windows) if t is not None]
-    freqs = 0 if inv_freq is None else inv_freq.numel()
-    unfold_kernel[(triton.cdiv(max(len(t) for t in outputs), BLOCK),)](
-        cos, sin, tap_index, tap_weight, source, tiles, windows, table, inv_freq,
-        MERGE=merge, RASTER=raster, CLASS=int(class_token), WINDOW=window // merge, INTERLEAVED=interleaved,
+    capacity = 0 if places is None else places.shape[1]
+    most = max(capacity, *(len(t) for t in (tap_index, source, tiles, windows) if t is not None))
+    unfold_kernel[(triton.cdiv(most, BLOCK),)](
+        places, tap_index, tap_weight, source, tiles, windows, table, capacity,
+        MERGE=merge, RASTER=raster, CLASS=int(class_token), WINDOW=window // merge,
         SIDE=side, ALIGN_CORNERS=align_corners, TAPS=taps, TILE=tile,
-        FREQS=freqs, BLOCK_F=triton.next_power_of_2(max(freqs, 1)),
         SEARCH_STEPS=images.bit_length(), HEADER=HEADER, FIELDS=FIELDS, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
 
@@ -219,14 +214,13 @@ def tap_weight(u, TAP: tl.constexpr, CUBIC: tl.constexpr):
 
 @triton.jit
 def unfold_kernel(
-    cos_ptr, sin_ptr,                          # [rows, 2 * FREQS] fp32, or None
+    places_ptr,                                # [2, capacity] fp32, or None
     tap_index_ptr, tap_weight_ptr,             # [rows, TAPS] int32, fp32, or None
     source_ptr,                                # [rows] int32, or None
     tiles_ptr, windows_ptr,                    # [tiles, 4] int32; None without windows
-    table_ptr, inv_freq_ptr,                   # int32, fp32 [FREQS]
-    MERGE: tl.constexpr, RASTER: tl.constexpr, CLASS: tl.constexpr, WINDOW: tl.constexpr, INTERLEAVED: tl.constexpr,
-    SIDE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, TAPS: tl.constexpr, TILE: tl.constexpr,
-    FREQS: tl.constexpr, BLOCK_F: tl.constexpr, SEARCH_STEPS: tl.constexpr,
+    table_ptr, capacity,                       # int32
+    MERGE: tl.constexpr, RASTER: tl.constexpr, CLASS: tl.constexpr, WINDOW: tl.constexpr,
+    SIDE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, TAPS: tl.constexpr, TILE: tl.constexpr, SEARCH_STEPS: tl.constexpr,
     HEADER: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -249,20 +243,9 @@ def unfold_kernel(
         source = tl.load(image + 4) + frame * h * w + place
         tl.store(source_ptr + i, tl.where(within < 0, -1, source), mask=mask)
 
-    if cos_ptr is not None:
-        offs_f = tl.arange(0, BLOCK_F)
-        mask_f = mask[:, None] & (offs_f < FREQS)[None, :]
-        freq = tl.load(inv_freq_ptr + offs_f, mask=offs_f < FREQS, other=0.0)
-        angle_y, angle_x = y.to(tl.float32)[:, None] * freq[None, :], x.to(tl.float32)[:, None] * freq[None, :]
-        if INTERLEAVED:  # x0 y0 x1 y1 ...
-            at_y, at_x = 2 * offs_f + 1, 2 * offs_f
-        else:  # y0 y1 ... x0 x1 ...
-            at_y, at_x = offs_f, FREQS + offs_f
-        row = i.to(tl.int64)[:, None] * (2 * FREQS)
-        tl.store(cos_ptr + row + at_y[None, :], tl.cos(angle_y), mask=mask_f)
-        tl.store(cos_ptr + row + at_x[None, :], tl.cos(angle_x), mask=mask_f)
-        tl.store(sin_ptr + row + at_y[None, :], tl.sin(angle_y), mask=mask_f)
-        tl.store(sin_ptr + row + at_x[None, :], tl.sin(angle_x), mask=mask_f)
+    if places_ptr is not None:
+        tl.store(places_ptr + i, y.to(tl.float32), mask=mask)
+        tl.store(places_ptr + capacity + i, x.to(tl.float32), mask=mask)
 
     if TAPS > 0:
         CUBIC: tl.constexpr = TAPS >= 16
@@ -291,20 +274,21 @@ def unfold_kernel(
 
     # tiles: which query rows against which segment
     mask_t = i < tiles
-    image = find_image(table_ptr, i, images, 7, SEARCH_STEPS, HEADER, FIELDS)
+    rank = find_image(table_ptr, i, images, 8, SEARCH_STEPS, HEADER, FIELDS)
+    image = table_ptr + HEADER + tl.load(rank + 9) * FIELDS
     length = (tl.load(image + 1) * tl.load(image + 2) + CLASS) * tl.load(image + 6)
     per_segment = (length + TILE - 1) // TILE
-    nth = i - tl.load(image + 7)
+    nth = i - tl.load(rank + 8)
     k0 = tl.load(image + 3) + nth // per_segment * length
     q0 = k0 + nth % per_segment * TILE
     store_tile(tiles_ptr, i, q0, tl.minimum(q0 + TILE, k0 + length), k0, k0 + length, mask_t)
 
     if windows_ptr is not None:
         mask_w = i < windows
-        image = find_image(table_ptr, i, images, 8, SEARCH_STEPS, HEADER, FIELDS)
+        image = find_image(table_ptr, i, images, 7, SEARCH_STEPS, HEADER, FIELDS)
         h, w = tl.load(image + 1) // MERGE, tl.load(image + 2) // MERGE
         per_frame = (h + WINDOW - 1) // WINDOW * ((w + WINDOW - 1) // WINDOW)
-        nth = i - tl.load(image + 8)
+        nth = i - tl.load(image + 7)
         first, high, wide = window_bounds(nth % per_frame, h, w, WINDOW)
         k0 = tl.load(image + 3) + (nth // per_frame * h * w + first) * (MERGE * MERGE)
         k1 = k0 + high * wide * (MERGE * MERGE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,20 +42,30 @@ def test_packs_hold_every_frame_once_in_order_and_fit(all_items: list[Item], tok
 @settings(max_examples=300, deadline=None)
 @given(ITEMS, st.sampled_from([32, 64, 128, 1 << 30]))
 def test_the_table_adds_up(pack: list[Item], tile: int) -> None:
-    values = table(pack, tile)
-    rows, merged, images, tiles, windows, *_ = values
+    address = 0x7F12_8000_0010 + 16 * len(pack)
+    values = table(pack, tile, address)
+    rows, merged, images, tiles, windows, patches, *halves = values[:HEADER]
+    assert patches == sum(i.pixel_rows for i in pack)
+    assert torch.tensor(halves, dtype=torch.int32).view(torch.int64).item() == address
     fields = [values[HEADER + i * FIELDS :][:FIELDS] for i in range(images)]
     assert len(values) == HEADER + FIELDS * len(pack) and images == len(pack)
     assert rows == sum(i.rows for i in pack) and merged == sum(i.h * i.w * i.t // i.pooled // 4 for i in pack)
     lengths = [i.frames_per_segment * i.frame_rows for i in pack for _ in range(i.t // i.frames_per_segment)]
     assert sum(lengths) == rows and tiles == sum(-(-n // tile) for n in lengths) <= rows // tile + len(lengths)
     assert windows == sum(i.t * i.windows for i in pack) <= sum(i.segments for i in pack)
-    row = patch = pooled = first_tile = window = 0
+    row = patch = pooled = window = 0
     for i, field in zip(pack, fields, strict=True):
-        assert field == [i.t, i.h, i.w, row, patch, pooled, i.frames_per_segment, first_tile, window]
+        assert field[:8] == [i.t, i.h, i.w, row, patch, pooled, i.frames_per_segment, window]
         row, patch, pooled = row + i.t * (i.h * i.w + i.extra), patch + i.t * i.h * i.w, pooled + i.merged
-        first_tile += i.t // i.frames_per_segment * -(-i.frames_per_segment * i.frame_rows // tile)
         window += i.t * i.windows
+    assert sorted(number for *_, number in fields) == list(range(len(pack)))
+    first_tile, longest = 0, 1 << 30
+    for *_, start, number in fields:  # the longest segments first
+        i = pack[number]
+        length = i.frames_per_segment * i.frame_rows
+        assert start == first_tile and length <= longest
+        first_tile, longest = first_tile + i.t // i.frames_per_segment * -(-length // tile), length
+    assert first_tile == tiles
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.sampled_from([2, 4, 8]))
@@ -70,5 +81,5 @@ def test_the_host_and_the_kernel_agree_on_the_tables_layout() -> None:
     from fused_vit.weights import pack
 
     assert (unfold.HEADER, unfold.FIELDS) == (packing.HEADER, packing.FIELDS)
-    assert unfold.IMAGES == packing.IMAGES
+    assert (unfold.IMAGES, unfold.PATCHES) == (packing.IMAGES, packing.PATCHES)
     assert (config.SUM_COLUMNS, pack.PAD, pack.ALIGN) == (plan.SUM_COLUMNS, plan.PAD, plan.ALIGN)

@@ -14,14 +14,13 @@ from fused_vit.spec import TowerSpec
 from fused_vit.towers import parse_config
 from fused_vit.workspace import _lifetimes, place, shapes
 
-UNFOLD = "merge=2 raster=False class_token=False window=0 interleaved=False side=6 align_corners=True taps=4"
+UNFOLD = "merge=2 raster=False class_token=False window=0 side=6 align_corners=True taps=4"
 PLAIN = "gated=False limit=None"
 LISTING = """\
-10 launches over 15 buffers
+10 launches over 14 buffers
   table        [table] int32
   pixels       [rows, 96] model
-  cos          [rows, 8] float32
-  sin          [rows, 8] float32
+  places       [2, rows] float32
   tap_index    [rows, 4] int32
   tap_weight   [rows, 4] float32
   tiles        [tiles, 4] int32
@@ -33,10 +32,10 @@ LISTING = """\
   merging      [merged, 128] model
   pooled       [merged, 24] model
   deepstack.0  [merged, 24] model
-  unfold             cos, sin, tap_index, tap_weight, tiles = unfold(table) UNFOLD
+  unfold             places, tap_index, tap_weight, tiles = unfold(table) UNFOLD
   patch_embed        x, sums = patch_embed(pixels, tap_index, tap_weight) features=96
-  block.0.qkv        qkv = qkv(x, sums, cos, sin) head_dim=16 rotated=4 normed=0 head_eps=0.0 eps=1e-06 centred=True
-  block.0.attention  context = attention(qkv, tiles) heads=2 windowed=False
+  block.0.qkv        qkv = qkv(x, sums, places) head_dim=16 rotated=4 normed=0 head_eps=0.0 eps=1e-06 centred=True
+  block.0.attention  context = attention(qkv, tiles) heads=2 head_dim=16 windowed=False
   block.0.proj       x, sums = residual(x, context)
   block.0.fc1        hidden = linear(x, sums) merge=1 groups=1 eps=1e-06 centred=True activation=gelu_tanh PLAIN
   block.0.fc2        x, sums = residual(x, hidden)
@@ -101,4 +100,4 @@ def test_the_slab_is_smaller_than_its_buffers() -> None:
     plan, bucket = build_plan(spec_of()), Bucket(8192, 128)
     bytes_of = {"float32": 4, "int32": 4, "model": 2}
     apart = sum(math.prod(shapes(plan, bucket, 64)[b.name]) * bytes_of[b.dtype] for b in plan.buffers)
-    assert place(plan, bucket, 2, 64)[1] < 0.85 * apart
+    assert place(plan, bucket, 2, 64)[1] < 0.87 * apart

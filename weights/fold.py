@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
+
+from fused_vit.spec import AttentionSpec, RopeSpec
 
 
 def fold_norm(
@@ -49,3 +52,19 @@ def frame_sinusoids(frames: int, width: int) -> torch.Tensor:
     frequency = 1.0 / 10000 ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
     angle = torch.outer(torch.arange(frames, dtype=torch.float32), frequency)
     return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def rotary_frequencies(rope: RopeSpec, attention: AttentionSpec, dtype: torch.dtype) -> torch.Tensor:
+    """[2, qkv width]: what a patch's row and its column weigh in the angle of each column; of values, nothing.
+
+    2-D rotary embedding of Qwen2-VL (arXiv 2409.12191); MoonViT's (arXiv 2504.07491) takes turns with columns first.
+    """
+    quarter = attention.head_dim // 4
+    exponent = torch.arange(0, 2 * quarter, 2, dtype=dtype) / (2 * quarter)
+    frequency, none = 1.0 / rope.theta**exponent, torch.zeros(quarter, dtype=dtype)
+    if rope.layout == "w_h_interleaved":
+        pairs = torch.stack([torch.stack([none, frequency], 1).flatten(), torch.stack([frequency, none], 1).flatten()])
+    else:
+        pairs = torch.stack([torch.cat([frequency, none]), torch.cat([none, frequency])])
+    turned = pairs.repeat_interleave(2, 1).repeat(1, attention.heads + attention.kv_heads)
+    return F.pad(turned, (0, attention.kv_heads * attention.head_dim))

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 
 from fused_vit.spec import ConvMergerSpec, MergerSpec, MlpSpec, NormSpec, PoolSpec, TowerSpec
 
-from .fold import column_sum, fold_norm, fold_softmax_scale, frame_sinusoids, pair_gates, pair_rotations
+from .fold import (
+    column_sum,
+    fold_norm,
+    fold_softmax_scale,
+    frame_sinusoids,
+    pair_gates,
+    pair_rotations,
+    rotary_frequencies,
+)
 
 Read = Callable[[str, int], torch.Tensor]  # (part, block) -> tensor, e.g. ("block.qkv.weight", 3)
 Linear = tuple[torch.Tensor, torch.Tensor | None]
@@ -80,9 +88,7 @@ class _Packer:
     def embedding(self) -> None:
         spec = self.spec
         if spec.rope:
-            quarter = spec.attention.head_dim // 4
-            exponent = torch.arange(0, 2 * quarter, 2, dtype=self.wide)
-            self.packed["inv_freq"] = (1.0 / spec.rope.theta ** (exponent / (2 * quarter))).to(self.device)
+            self.packed["frequencies"] = rotary_frequencies(spec.rope, spec.attention, self.wide).to(self.device)
         weight, bias = self.pair("patch_embed", 0, spec.patch.bias)
         self.put("patch_embed", F.pad(weight, (0, -weight.shape[1] % ALIGN)), bias)
         if spec.patch.norm:

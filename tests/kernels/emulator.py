@@ -202,12 +202,17 @@ def specialize(partitions: Sequence[tuple[Callable[..., None], Any]], warps: Any
 
 def _allocate(dtype: str, shape: Sequence[int], layout: Any) -> Any:
     if dtype != "int64":
-        return Shared(np.full(shape, np.nan, np.float32))
+        return Shared(np.full([int(n) for n in shape], np.nan, np.float32))
     return Shared([Barrier() for _ in range(shape[0])]) if len(shape) == 2 else Barrier()
 
 
 def _init(barrier: Barrier, count: int) -> None:
     barrier.count = barrier.pending = count
+
+
+def _asm(instruction: str, constraints: str, arguments: Sequence[Any], dtype: str, is_pure: bool, pack: int) -> Array:
+    """One PTX instruction."""
+    return array({"cos.approx.f32": np.cos, "sin.approx.f32": np.sin}[instruction.split()[0]](*arguments))
 
 
 _erf = np.vectorize(math.erf, otypes=[np.float32])
@@ -220,14 +225,16 @@ def _language() -> types.SimpleNamespace:
     return types.SimpleNamespace(
         constexpr=lambda value: value, bfloat16="bfloat16", float16="float16", float32="float32", int64="int64",
         NVMMADistributedLayout=nothing, SliceLayout=nothing, DotOperandLayout=nothing, BlockedLayout=nothing,
-        NVMMASharedLayout=types.SimpleNamespace(get_default_for=nothing),
+        SwizzledSharedLayout=nothing, NVMMASharedLayout=types.SimpleNamespace(get_default_for=nothing),
         arange=lambda a, b, layout=None: array(np.arange(a, b)),
         zeros=lambda shape, dtype, layout=None: array(np.zeros(shape, np.float32)),
         expand_dims=lambda x, axis: array(np.expand_dims(x, axis)),
         where=lambda c, a, b: array(np.where(c, a, b)) if np.ndim(c) else (a if c else b),
         max=lambda x, axis: array(np.max(x, axis=axis)), sum=lambda x, axis: array(np.sum(x, axis=axis)),
         exp2=lambda x: array(np.exp2(x)), rsqrt=lambda x: array(1 / np.sqrt(x)), erf=_erf,
-        fma=lambda a, b, c: array(a * b + c),
+        fma=lambda a, b, c: array(a * b + c), floor=lambda x: array(np.floor(x)),
+        full=lambda shape, value, dtype, layout=None: array(np.full(shape, value, np.float32)),
+        inline_asm_elementwise=_asm,
         maximum=lambda a, b: array(np.maximum(a, b)), minimum=lambda a, b: array(np.minimum(a, b)),
         reshape=lambda x, shape: array(np.reshape(x, shape)), permute=lambda x, order: array(np.transpose(x, order)),
         split=lambda x: (array(x[..., 0]), array(x[..., 1])), join=lambda a, b: array(np.stack([a, b], -1)),

@@ -17,7 +17,7 @@ import triton
 
 from fused_vit.buckets import Bucket
 from fused_vit.executor import define, launch
-from fused_vit.kernels import attention, linear, norm, patch_embed, pool, qkv, residual, unfold
+from fused_vit.kernels import attention, fetch, linear, norm, patch_embed, pool, qkv, residual, unfold
 from fused_vit.layouts import Part, parts
 from fused_vit.packing import Item, items, table
 from fused_vit.plan import build_plan
@@ -96,7 +96,7 @@ CLIPS = [[1, 2, 2], [3, 4, 6], [1, 10, 14], [2, 16, 8], [4, 2, 4]]
 MODES: dict[str, dict[str, Any]] = {
     "blocks": {},
     "raster": {"merge": 1, "raster": True},
-    "raster in blocks": {"raster": True, "interleaved": True, "taps": 17, "align_corners": False, "clip": True},
+    "raster in blocks": {"raster": True, "taps": 17, "align_corners": False, "clip": True},
     "bicubic": {"taps": 16, "align_corners": False},
     "bilinear, not aligned": {"taps": 4, "align_corners": False},
     "class token": {"merge": 1, "raster": True, "class_token": True, "taps": 16, "align_corners": False, "rope": False},
@@ -111,8 +111,7 @@ def mode(name: str) -> tuple[dict[str, Any], list[Item], bool]:
     chosen = dict(MODES[name])
     clip, rope = chosen.pop("clip", False), chosen.pop("rope", True)
     options = {
-        "merge": 2, "raster": False, "class_token": False, "window": 0, "interleaved": False, "side": 6,
-        "align_corners": True, "taps": 4,
+        "merge": 2, "raster": False, "class_token": False, "window": 0, "side": 6, "align_corners": True, "taps": 4,
     } | chosen  # fmt: skip
     span, extra = options["window"], int(options["class_token"])
     pack = [
@@ -129,19 +128,19 @@ def test_unfold(name: str, tile: int) -> None:
     options["tile"] = tile
     numbers = torch.tensor(table(pack, tile), dtype=torch.int32)
     padded = torch.cat([numbers, torch.full((5 * unfold.FIELDS,), 1 << 20, dtype=torch.int32)])
-    inv_freq = 1.0 / 10000 ** (torch.arange(9) / 9) if rope else None
-    wanted = unfold.unfold_ref(numbers, inv_freq, **options)
+    wanted = unfold.unfold_ref(numbers, **options)
     rows, tiles, windows, taps = sum(i.rows for i in pack), int(numbers[3]), int(numbers[4]), options["taps"]
     capacity, ints = rows + 40, {"dtype": torch.int32}
-    out: list[torch.Tensor | None] = [blank(capacity, 18) if rope else None for _ in range(2)]
+    out: list[torch.Tensor | None] = [blank(2, capacity).T if rope else None]
     out += [blank(capacity, taps, **ints), blank(capacity, taps)] if taps else [None, None]
     out += [blank(capacity, **ints), blank(tiles + 9, 4, **ints)]
     out.append(blank(windows + 9, 4, **ints) if options["window"] else None)
-    unfold.unfold(*out, padded, inv_freq, **options)  # type: ignore[arg-type]
-    for k, (got, want) in enumerate(zip(out, wanted, strict=True)):
+    unfold.unfold(None if out[0] is None else out[0].T, *out[1:], padded, **options)  # type: ignore[arg-type]
+    assert wanted[0] is not None
+    for k, (got, want) in enumerate(zip(out, (wanted[0].T, *wanted[1:]), strict=True)):
         if got is None:
             continue
-        n = {5: tiles, 6: windows}.get(k, rows)
+        n = {4: tiles, 5: windows}.get(k, rows)
         assert want is not None and len(want) == n
         if got.is_floating_point():
             assert torch.allclose(got[:n], want, rtol=0, atol=3e-6), k
@@ -154,14 +153,14 @@ def test_unfold(name: str, tile: int) -> None:
 def test_rows_tiles_and_windows_cover_everything_once(name: str) -> None:
     options, pack, _ = mode(name)
     numbers = torch.tensor(table(pack, 16), dtype=torch.int32)
-    *_, source, tiles, windows = unfold.unfold_ref(numbers, None, **options, tile=16)
+    *_, source, tiles, windows = unfold.unfold_ref(numbers, **options, tile=16)
     assert source is not None and tiles is not None and windows is not None
     patches = source[source >= 0]
     assert torch.equal(patches.sort().values, torch.arange(sum(i.pixel_rows for i in pack), dtype=torch.int32))
     assert int((source < 0).sum()) == (sum(i.t for i in pack) if options["class_token"] else 0)
     for spans in (tiles, windows) if options["window"] else (tiles,):
         covered = torch.cat([torch.arange(a, b) for a, b in spans[:, :2].tolist()])
-        assert torch.equal(covered, torch.arange(len(source)))
+        assert torch.equal(covered.sort().values, torch.arange(len(source)))
     if options["window"]:
         assert int((windows[:, 1] - windows[:, 0]).max()) == options["window"] ** 2
         assert sum(int(b - a) ** 2 for a, b in windows[:, :2]) == sum(i.pairs(True, options["window"]) for i in pack)
@@ -172,7 +171,7 @@ def test_taps_are_torchs_interpolation(name: str) -> None:
     options, pack, _ = mode(name)
     options |= {"raster": True, "merge": 1}
     numbers = torch.tensor(table(pack, 16), dtype=torch.int32)
-    _, _, index, weight, *_ = unfold.unfold_ref(numbers, torch.ones(1, dtype=torch.float64), **options, tile=16)
+    _, index, weight, *_ = unfold.unfold_ref(numbers, **options, tile=16, dtype=torch.float64)
     assert index is not None and weight is not None
     grid = rand(36, 8).double()
     frames = rand(4, 8, seed=3).double()  # the rows behind the grid
@@ -260,18 +259,20 @@ def test_qkv(head_dim: int, heads: int, kv_heads: int, normed: bool, rope: bool,
     rows, capacity, width, total = 77, 100, 96, heads + 2 * kv_heads
     x = 2 + rand(rows, width, dtype=dtype)
     weight = rand(total * head_dim, width, dtype=dtype)
-    angle, turned = rand(rows, head_dim // 2), heads + kv_heads
-    cos, sin = (angle.cos(), angle.sin()) if rope else (None, None)
+    turned = heads + kv_heads
+    places, frequencies = (rand(2, rows) * 20, rand(2, turned * head_dim)) if rope else (None, None)
+    if frequencies is not None:
+        frequencies = F.pad(frequencies[:, ::2].repeat_interleave(2, 1), (0, kv_heads * head_dim))
     gain = 1 + 0.3 * rand(turned * head_dim) if normed else None
-    args = [x, sums_of(x, 2), cos, sin, weight, rand(len(weight)), weight.float().sum(1)[None], gain]
+    args = [x, sums_of(x, 2), places, weight, rand(len(weight)), weight.float().sum(1)[None], gain, frequencies]
     ins = [grown(x, capacity), grown(args[1], capacity, 2)]  # type: ignore[arg-type]
-    ins += [None if a is None else grown(a, capacity) for a in (cos, sin)]  # type: ignore[list-item]
+    ins.append(None if places is None else grown(places, capacity, 1))  # type: ignore[arg-type]
     options = {
         "head_dim": head_dim, "rotated": turned if rope else 0, "normed": turned if normed else 0, "head_eps": 1e-5,
         "eps": 1e-6, "centred": True,
     }  # fmt: skip
-    y = blank(total, capacity, head_dim, dtype=dtype)
-    qkv.qkv(y, *ins, *args[4:], **options, count=count(rows))  # type: ignore[arg-type]
+    y = blank(total, capacity, -(-head_dim // 16) * 16, dtype=dtype)
+    qkv.qkv(y, *ins, *args[3:], **options, count=count(rows))  # type: ignore[arg-type]
     check(y[:, :rows], qkv.qkv_ref, args, **options)
     assert (y[:, rows:] == blank(1, dtype=dtype)).all()
 
@@ -392,10 +393,10 @@ def test_pool(scattered: bool, summed: bool, dtype: torch.dtype) -> None:
 def tiles_of(pack: list[Item], tile: int, window: int = 0) -> torch.Tensor:
     """Attention tiles of a pack: of frames and clips, or of windows."""
     found = unfold.unfold_ref(
-        torch.tensor(table(pack, tile), dtype=torch.int32), None, merge=2, raster=False, class_token=False,
-        window=window, interleaved=False, side=2, align_corners=True, taps=0, tile=tile,
+        torch.tensor(table(pack, tile), dtype=torch.int32), merge=2, raster=False, class_token=False,
+        window=window, side=2, align_corners=True, taps=0, tile=tile,
     )  # fmt: skip
-    chosen = found[6 if window else 5]
+    chosen = found[5 if window else 4]
     assert chosen is not None
     return chosen
 
@@ -413,11 +414,12 @@ def test_attention(head_dim: int, heads: int, kv_heads: int, window: int, dtype:
 
     block, capacity = attention_config(head_dim, dtype, 80, window > 0).block_m, 260
     tiles = tiles_of(PACK, block, window)
-    x = rand(heads + 2 * kv_heads, ROWS, head_dim, dtype=dtype)
+    x = rand(heads + 2 * kv_heads, ROWS, head_dim + 16, dtype=dtype)
     x[:heads] *= 0.4
+    x[:, :, head_dim:] = NAN  # not read
     nowhere = torch.cat([tiles, torch.full((3, 4), 1 << 20, dtype=torch.int32)])
     out = blank(capacity, heads * head_dim, dtype=dtype)
-    options = {"heads": heads, "windowed": window > 0}
+    options = {"heads": heads, "head_dim": head_dim, "windowed": window > 0}
     attention.attention(out, grown(x, capacity, 1), nowhere, **options, count=count(len(tiles)))  # type: ignore[arg-type]
     check(out[:ROWS], attention.attention_ref, [x, tiles], **options)
     assert (out[ROWS:] == blank(1, dtype=dtype)).all()
@@ -426,9 +428,9 @@ def test_attention(head_dim: int, heads: int, kv_heads: int, window: int, dtype:
 def test_a_nan_segment_leaves_its_neighbours_alone() -> None:
     tiles = tiles_of(PACK, 64)
     x, out = rand(3, ROWS, 72), blank(ROWS, 72)
-    want = attention.attention_ref(x, tiles, heads=1, windowed=False)
+    want = attention.attention_ref(x, tiles, heads=1, head_dim=72, windowed=False)
     x[:, 4:52] = NAN
-    attention.attention(out, x, tiles, heads=1, windowed=False, count=count(len(tiles)))
+    attention.attention(out, x, tiles, heads=1, head_dim=72, windowed=False, count=count(len(tiles)))
     assert torch.allclose(out[:4], want[:4], atol=1e-5) and torch.allclose(out[52:], want[52:], atol=1e-5)
     assert out[4:52].isnan().all()
 
@@ -500,3 +502,16 @@ def test_a_plan_in_a_poisoned_slab_equals_its_definition(name: str) -> None:
         for output, want in zip(plan.outputs, define(plan, weights, pixels, pack), strict=True):
             if want is not None:
                 assert (buffers[output][: len(want)] - want).norm() <= 1e-5 * want.norm(), output
+
+
+# --- fetch --------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("features", [96, 588])
+def test_fetch(features: int, dtype: torch.dtype) -> None:
+    source, target = rand(77, features, dtype=dtype), blank(90, -(-features // 16) * 16, dtype=dtype)
+    numbers = torch.tensor(table([Item(7, 1, 11)], 64, source.data_ptr()), dtype=torch.int32)
+    fetch.fetch(target, numbers, features=features)
+    assert torch.equal(target[:77, :features], source)
+    assert (target[77:] == blank(1, dtype=dtype)).all() and (target[:, features:] == blank(1, dtype=dtype)).all()

@@ -35,21 +35,24 @@ def attention(
     rest = {0: 0, 8: 16, 16: 16, 24: 32, 32: 32}[head_dim - first]
     capacity = rows + 200
     rng = np.random.default_rng(0)
-    qkv = np.full((heads + 2 * kv_heads, capacity, head_dim), np.nan, np.float32)
-    qkv[:, :rows] = emulator.round_to(rng.standard_normal((heads + 2 * kv_heads, rows, head_dim)), "bfloat16")
+    stride = -(-head_dim // 16) * 16
+    qkv = np.full((heads + 2 * kv_heads, capacity, stride), np.nan, np.float32)
+    qkv[:, :rows] = emulator.round_to(rng.standard_normal((heads + 2 * kv_heads, rows, stride)), "bfloat16")
+    qkv[:, :rows, head_dim:] = np.eye(1, stride - head_dim)
     qkv[:heads] = emulator.round_to(qkv[:heads] * 0.3, "bfloat16")
     if poisoned:
         qkv[:, poisoned] = np.nan
     out = np.full((capacity, heads * head_dim), 1234.0, np.float32)
-    planes = qkv.reshape(-1, head_dim)
-    boxes = [emulator.Descriptor(planes, (n, w or first)) for n in (64, block_n) for w in (first, rest)]
+    planes = qkv.reshape(-1, stride)
+    boxes = [emulator.Descriptor(planes[:, :head_dim], (n, w or first)) for n in (64, block_n) for w in (first, rest)]
+    boxes.append(emulator.Descriptor(planes, (block_n, rest or first)))
     nowhere = np.concatenate([tiles, np.full((3, 4), 1 << 20)]).astype(np.int64)
     emulator.launch(
         module.hopper_attention_kernel, programs, *boxes, emulator.Pointer(out), emulator.Pointer(nowhere),
-        emulator.Pointer(np.array([len(tiles)])), capacity, heads, kv_heads, head_dim, first, rest, block_n, buffers,
-        programs, "bfloat16",
+        emulator.Pointer(np.array([len(tiles)])), capacity, heads, kv_heads, head_dim, first, rest,
+        stride > head_dim, block_n, buffers, programs, "bfloat16",
     )  # fmt: skip
-    wide = qkv.astype(np.float64)
+    wide = qkv[:, :, :head_dim].astype(np.float64)
     q, k, v = wide[:heads], wide[heads : heads + kv_heads], wide[heads + kv_heads :]
     k, v = (np.repeat(t, heads // kv_heads, 0) for t in (k, v))
     want = np.full(out.shape, 1234.0)
@@ -92,7 +95,7 @@ def test_a_poisoned_segment_leaves_its_neighbours_alone() -> None:
 BREAKS = {
     "values of a neighbour": ("        if tail < BLOCK_N:\n", "        if tail < 0:\n"),
     "no fence": ("            fence_async_shared()\n", ""),
-    "queries kept": ("        mbarrier.arrive(q_empty, count=1)\n", ""),
+    "queries kept": ("        mbarrier.arrive(q_empty.index(turn % 2), count=1)\n", ""),
     "values kept": ("            mbarrier.arrive(v_empty.index(last), count=1)\n", ""),
     "no turn": ("            mbarrier.arrive(turns.index(1 - GROUP_ID), count=1)\n", ""),
     "scores too early": ("warpgroup_mma_wait(2 if REST > 0 else 1, deps=(scores,))", "scores"),
@@ -101,7 +104,13 @@ BREAKS = {
         "            mbarrier.arrive(k_empty.index(at), count=1)\n"
         "            scores = scores_of(my_q, my_q_rest, k, k_rest, at, zero, REST)\n            mbarrier.wait(v_full",
     ),
-    "no decay": ("total = total * decay + gl.sum(p, 1)", "total = total + gl.sum(p, 1)"),
+    "no decay": ("acc = acc * gl.expand_dims", "acc = acc + 0 * gl.expand_dims"),
+    "ones not decayed": ("acc_rest = acc_rest * gl.expand_dims", "acc_rest = acc_rest + 0 * gl.expand_dims"),
+    "another head": (
+        "k0 + nth % tiles * 128, k0, k1, nth // tiles",
+        "k0 + nth % tiles * 128, k0, k1, nth // tiles * 0",
+    ),
+    "the segment's first tile": ("(work // HEADS - (q0 - k0) // 128) * HEADS", "work // HEADS * HEADS"),
 }
 
 
@@ -110,7 +119,7 @@ def test_the_emulator_sees_a_broken_kernel(name: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(emulator, "DEADLOCK_SECONDS", 1.0)
     broken = emulator.emulated(SOURCE, BREAKS[name])
     try:
-        out, want = attention(broken, 72, 1, 1, 1, buffers=2, lengths=(130, 600))
+        out, want = attention(broken, 72, 2, 1, 1, buffers=2, lengths=(130, 600))
     except (RuntimeError, AssertionError):
         return
     assert not error(out, want) <= 4e-3

@@ -20,7 +20,7 @@ FORMS = {
     "sharing, three groups": HopperConfig(192, 192, 3, alternate=False, buffers=2),
     "sharing, 64 columns": HopperConfig(128, 64, 2, alternate=False, buffers=3),
 }
-HEAD_DIM, ROTATED_HEADS, HEADS, EPS = 24, 6, 9, 1e-6
+HEAD_DIM, STRIDE, ROTATED_HEADS, HEADS, EPS = 24, 32, 6, 9, 1e-6
 
 
 class Case:
@@ -36,7 +36,8 @@ class Case:
         self.weight = emulator.round_to(weight, "bfloat16").astype(np.float32)
         self.bias = rng.standard_normal(self.columns).astype(np.float32)
         self.x = emulator.round_to(rng.standard_normal((self.capacity, self.columns)), "bfloat16").astype(np.float32)
-        self.angle = rng.standard_normal((2, self.capacity, HEAD_DIM // 2)).astype(np.float32)
+        self.places = rng.integers(0, 90, (2, self.capacity)).astype(np.float32)
+        self.frequencies = rng.random((2, ROTATED_HEADS * HEAD_DIM // 2)).astype(np.float32)
         self.order = rng.permutation(rows).astype(np.int32)
         wide = self.a[:rows].astype(np.float64)
         split = depth // 2
@@ -62,10 +63,14 @@ class Case:
 
     def _qkv(self, y: Any) -> Any:
         heads = y.reshape(self.rows, HEADS, HEAD_DIM)
-        cos, sin = self.angle[:, : self.rows, None].astype(np.float64)
+        angle = np.einsum("am,aj->mj", self.places[:, : self.rows].astype(np.float64), self.frequencies)
+        angle = angle.reshape(self.rows, ROTATED_HEADS, -1)
+        cos, sin = np.cos(angle), np.sin(angle)
         even, odd = heads[:, :ROTATED_HEADS, ::2], heads[:, :ROTATED_HEADS, 1::2]
         turned = np.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(self.rows, -1, HEAD_DIM)
-        return np.concatenate([turned, heads[:, ROTATED_HEADS:]], 1).transpose(1, 0, 2)
+        heads = np.concatenate([turned, heads[:, ROTATED_HEADS:]], 1)
+        pad = np.broadcast_to(np.eye(1, STRIDE - HEAD_DIM), (self.rows, HEADS, STRIDE - HEAD_DIM))
+        return np.concatenate([heads, pad], 2).transpose(1, 0, 2)
 
     def run(self, config: HopperConfig, programs: int, matmul: Any, epilogues: Any) -> float:
         """Relative error of the worst output; infinite if the kernel wrote what it should not."""
@@ -74,30 +79,35 @@ class Case:
         group = config.block_m if config.alternate else config.block_m // config.groups
         shape = list(self.want.shape)
         shape[1 if self.op == "qkv" else 0] = self.capacity
+        if self.op == "qkv":
+            shape[2] = STRIDE
         y = np.full(shape, UNTOUCHED, np.float32)
         parts = -(-self.columns // 64)
         out_sums = np.full((2, parts, self.capacity), UNTOUCHED, np.float32)
         pointer = emulator.Pointer
         bias, out, colsum = pointer(self.bias), pointer(y, kind="bfloat16"), pointer(self.weight.sum(1))
         operands, options = {
-            "linear": ((out, bias, colsum, pointer(self.order)), ("quick_gelu", False, None, 1)),
-            "gated": ((out, bias, colsum, None), ("silu", True, 1.0, 1)),
-            "residual": ((out, pointer(out_sums), pointer(self.x), bias, self.capacity), (parts,)),
-            "qkv": (
-                (out, pointer(self.angle[0]), pointer(self.angle[1]), bias, colsum, self.capacity),
-                (HEAD_DIM, ROTATED_HEADS * HEAD_DIM),
-            ),
+            "linear": ((out, pointer(self.order)), ("quick_gelu", False, None, 1, True)),
+            "gated": ((out, None), ("silu", True, 1.0, 1, True)),
+            "residual": ((out, pointer(out_sums), pointer(self.x), self.capacity), (parts,)),
+            "qkv": ((out, self.capacity), (HEAD_DIM, STRIDE, ROTATED_HEADS * HEAD_DIM)),
         }[self.op]
         store = getattr(epilogues, "store_linear" if self.op == "gated" else f"store_{self.op}")
         normed = self.op != "residual"
+        turned = np.zeros((2, self.columns), np.float32)
+        if self.op == "qkv":
+            turned[:, : ROTATED_HEADS * HEAD_DIM] = np.repeat(self.frequencies, 2, 1)
+        columns = (bias, colsum if normed else None, *(pointer(f) if self.op == "qkv" else None for f in turned))
+        places = pointer(self.places) if self.op == "qkv" else None
         boxes = [
             emulator.Descriptor(matrix, (height, 64))
             for matrix, height in ((self.a, group), (self.weight, first), (self.weight, rest or first))
         ]
         emulator.launch(
-            matmul.hopper_matmul_kernel, programs, *boxes, operands, pointer(self.sums) if normed else None,
-            pointer(np.array([self.rows])), self.columns, self.depth, self.capacity, EPS,
-            store, options, 2 if normed else 0, 1, True, group, first, rest, config.groups, config.alternate,
+            matmul.hopper_matmul_kernel, programs, *boxes, operands, columns, places,
+            pointer(self.sums) if normed else None, pointer(np.array([self.rows])),
+            self.columns, self.depth, self.capacity, EPS, store, options,
+            2 if normed else 0, 1, True, group, first, rest, config.groups, config.alternate,
             config.buffers, programs, "bfloat16",
         )  # fmt: skip
         y = y.swapaxes(0, 1) if self.op == "qkv" else y
@@ -131,26 +141,31 @@ def test_few_rows(rows: int) -> None:
 
 
 BREAKS = {  # what a bug would make of a line of the matmul
-    "no turn": ("            mbarrier.arrive(turns.index(1 - GROUP_ID), count=1)\n", ""),
+    "no turn": ("            mbarrier.arrive(turns.index(1 - GROUP_ID), count=1)\n", "            pass\n"),
     "steps kept": ("pred=k > 0)  # the last step's", "pred=k < 0)  # the last step's"),
     "steps given back unread": ("(step + BUFFERS - 1) % BUFFERS), count=1, pred=k > 0)", "step % BUFFERS), count=1)"),
     "result too early": ("acc = warpgroup_mma_wait(0, deps=(acc,))", "acc = acc"),
     "the other's steps": ("            step += steps * (GROUPS - 1)\n", "            step += 0\n"),
     "the other's rows": ("tile // tiles_n * SHARING + PART) * ROWS", "tile // tiles_n * SHARING) * ROWS + 1"),
-    "a part of the sums": ("for part in gl.static_range(PARTS)", "for part in gl.static_range(PARTS - 1)"),
+    "a part of the sums": ("first + part < PARTS)", "first + part < PARTS - 1)"),
     "squares of the mean kept": ("square / width - mean * mean", "square / width"),
     "short depth": ("steps = gl.cdiv(K, 64)", "steps = K // 64"),
+    "vectors of the last tile": ("        mbarrier.arrive(used.index(OWN), count=1)\n", ""),
+    "the other piece's columns": ("FIRST + REST) + piece * 64 + gl", "FIRST + REST) + gl"),
+    "columns for rows": ("places_ptr + capacity + offs", "places_ptr + offs"),
     "one piece twice": ("EPILOGUE(right, row, column + 64", "EPILOGUE(left, row, column + 64"),
 }  # fmt: skip
 EPILOGUE_BREAKS = {
     "row past the last": (
-        "mask = gl.expand_dims(row + index < rows, 1) & gl.expand_dims(columns < N, 0)\n    gl.store(base",
-        "mask = gl.expand_dims(row + index < rows + 9, 1) & gl.expand_dims(columns < N, 0)\n    gl.store(base",
+        "mask = gl.expand_dims(row + index < rows, 1) & gl.expand_dims(columns < N, 0)\n    gl.store(y_ptrs",
+        "mask = gl.expand_dims(row + index < rows + 9, 1) & gl.expand_dims(columns < N, 0)\n    gl.store(y_ptrs",
     ),
     "turned the other way": ("gl.fma(odd, cos, even * sin)", "gl.fma(odd, cos, -(even * sin))"),
-    "values turned": ("gl.expand_dims(pair < ROTATED // 2, 0)", "gl.expand_dims(pair < ROTATED, 0)"),
-    "no bias": ("return y + gl.expand_dims(bias, 0)", "return y"),
-    "no mean": ("(y - gl.expand_dims(mean, 1) * gl.expand_dims(colsum, 0))", "y"),
+    "never turned": ("    if column < ROTATED:", "    if column < 0:"),
+    "whole turns kept wrong": ("-6.283185307179586", "-6.25"),
+    "no bias": ("return y + column_vector(column_side, 0, layout)", "return y"),
+    "no mean": ("y -= row_vector(row_side, 0, layout)", "y -= 0 * row_vector(row_side, 0, layout)"),
+    "no ones": ("gl.where(within == 0, 1.0, 0.0)", "gl.where(within == 1, 1.0, 0.0)"),
     "one head for all": ("(columns // HEAD_DIM - head) * plane + columns % HEAD_DIM", "columns % HEAD_DIM"),
 }  # fmt: skip
 
