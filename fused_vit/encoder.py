@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +17,13 @@ import torch
 from .buckets import Bucket, as_buckets, choose, ladder
 from .calls import Grid, flatten_call
 from .errors import InputError
-from .executor import define, launch_call
+from .executor import define, launch
 from .graphs import BucketGraph, capture
 from .layouts import choose_layout
 from .output import VisionOutput
 from .packing import Item, items, split, table
 from .plan import Buffer, Dim, Plan, build_plan
 from .spec import PoolSpec, TowerSpec
-from .staging import Staging
 from .towers import Tower, find_tower, parse_config
 from .weights.checkpoint import Checkpoint
 from .weights.pack import Read, pack_tower
@@ -98,12 +97,6 @@ def _count(dim: Dim, pack: Sequence[Item]) -> int:
     return sum(item.merged if dim == "merged" else item.rows for item in pack)
 
 
-def _aligned(pixels: torch.Tensor) -> torch.Tensor:
-    """The same patches, or a copy, as kernels.fetch reads them: without gaps, from a multiple of 16 bytes."""
-    pixels = pixels.contiguous()
-    return pixels if pixels.data_ptr() % 16 == 0 else pixels.clone()
-
-
 def _checked(dtype: torch.dtype) -> torch.dtype:
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype}; supported: {', '.join(map(str, DTYPES))}")
@@ -144,7 +137,6 @@ class FusedViT:
         self._graphs: dict[Bucket, BucketGraph] = {}
         self._workspace: Workspace | None = None
         self._oversize: Workspace | None = None
-        self._staging: Staging | None = None
         self._lock = threading.Lock()
         self._done: torch.cuda.Event | None = None
         self._last_stream: torch.cuda.Stream | None = None
@@ -220,11 +212,9 @@ class FusedViT:
     def warmup(self) -> FusedViT:
         """Compile every kernel and capture every bucket, the largest first. After it, a call compiles nothing."""
         if self.device.type == "cuda":
-            with self._lock, torch.cuda.device(self.device), torch.no_grad():
-                self._wait_turn()
+            with self._turn(), torch.no_grad():
                 for bucket in reversed(self.buckets):
                     self._graph(bucket)
-                self._end_turn()
         return self
 
     @torch.no_grad()
@@ -274,20 +264,18 @@ class FusedViT:
         """Every pack through its graph, its results into fresh tensors, which are made while the device works."""
         outputs: list[torch.Tensor | None] = []
         filled = [0] * len(self._outputs)
-        with self._lock, self._on_device():
-            pixels = _aligned(pixels.to(self.dtype))
-            address = pixels.data_ptr()
-            self._wait_turn()
+        with self._turn():
+            begin = 0
             for pack in split(all_items, self.buckets[-1]):
-                buffers = self._run_pack(pack, address)
-                address += sum(item.pixel_rows for item in pack) * pixels.shape[1] * pixels.itemsize
+                count = sum(item.pixel_rows for item in pack)
+                buffers = self._run_pack(pixels[begin : begin + count], pack)
+                begin += count
                 outputs = outputs or [self._empty(buffer, all_items) for buffer in self._outputs]
                 for k, (buffer, output) in enumerate(zip(self._outputs, outputs, strict=True)):
                     if buffer is not None and output is not None:
                         n = _count(buffer.shape[0], pack)
                         output[filled[k] : filled[k] + n].copy_(buffers[buffer.name][:n])
                         filled[k] += n
-            self._end_turn()
         return outputs
 
     def _empty(self, buffer: Buffer | None, all_items: list[Item]) -> torch.Tensor | None:
@@ -296,29 +284,28 @@ class FusedViT:
         rows, rest = _count(buffer.shape[0], all_items), (int(dim) for dim in buffer.shape[1:])
         return torch.empty(rows, *rest, dtype=self.dtype, device=self.device)
 
-    def _run_pack(self, pack: list[Item], address: int) -> Mapping[str, torch.Tensor]:
+    def _run_pack(self, pixels: torch.Tensor, pack: list[Item]) -> Mapping[str, torch.Tensor]:
         """Run one pack through the graph of its bucket, or by plain launches where it is larger than any."""
         rows, segments = sum(item.rows for item in pack), sum(item.segments for item in pack)
         bucket = choose(self.buckets, rows, segments)
         if bucket is not None:
             graph = self._graph(bucket)
-            self._send(pack, address, graph.buffers["table"])
+            self._fill(graph.buffers, pixels, pack)
             graph.replay()
             self._calls[bucket] += 1
             self._counts["bucket_rows"] += bucket.tokens
             return graph.buffers
         buffers = self._grown(Bucket(rows, segments))
-        self._send(pack, address, buffers["table"])
-        launch_call(self._plan, self.weights, buffers, self.tile)
+        self._fill(buffers, pixels, pack)
+        launch(self._plan, self.weights, buffers, self.tile)
         self._counts["oversize_calls"] += 1
         self._counts["bucket_rows"] += rows
         return buffers
 
-    def _send(self, pack: list[Item], address: int, target: torch.Tensor) -> None:
-        numbers = table(pack, self.tile, address)
-        if self._staging is None or len(numbers) > self._staging.numbers.shape[1]:
-            self._staging = Staging(max(len(target), len(numbers)))
-        self._staging.send(numbers, target)
+    def _fill(self, buffers: Mapping[str, torch.Tensor], pixels: torch.Tensor, pack: list[Item]) -> None:
+        integers = torch.tensor(table(pack, self.tile), dtype=torch.int32)
+        buffers["table"][: len(integers)].copy_(integers, non_blocking=True)  # pageable: staged before the call returns
+        buffers["pixels"][: len(pixels), : pixels.shape[1]].copy_(pixels)
 
     def _graph(self, bucket: Bucket) -> BucketGraph:
         if bucket not in self._graphs:
@@ -346,20 +333,27 @@ class FusedViT:
         self._oversize = Workspace(self._plan, bucket, self.dtype, self.device, self.tile)
         return self._oversize.buffers(bucket)
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The workspace is shared: this stream's work starts after the last call's, on whatever stream that was.
+
+        The end is recorded even of a call that fails: what it launched may still be running.
+        """
+        with self._lock, self._on_device():
+            stream = torch.cuda.current_stream()
+            if self._done is None:
+                self._done = torch.cuda.Event()
+            elif stream != self._last_stream:
+                stream.wait_event(self._done)
+            self._last_stream = stream
+            try:
+                yield
+            finally:
+                self._done.record(stream)
+
     def _on_device(self) -> AbstractContextManager[Any]:
         """Launches need their device current; making it so costs 5 us, asking 1."""
         return nullcontext() if torch.cuda.current_device() == self.device.index else torch.cuda.device(self.device)
-
-    def _wait_turn(self) -> None:
-        """The workspace is shared: this stream's work starts after the last call's, on whatever stream that was."""
-        stream = torch.cuda.current_stream()
-        if self._done is not None and stream != self._last_stream:
-            stream.wait_event(self._done)
-        self._last_stream = stream
-
-    def _end_turn(self) -> None:
-        self._done = self._done or torch.cuda.Event()
-        self._done.record(self._last_stream)
 
     def close(self) -> None:
         """Free graphs, workspace and weights. The encoder cannot be called afterwards."""

@@ -45,14 +45,6 @@ def launch(plan: Plan, weights: Tensors, buffers: Tensors, tile: int) -> None:
         launch_step(step, weights, buffers, tile)
 
 
-def launch_call(plan: Plan, weights: Tensors, buffers: Tensors, tile: int) -> None:
-    """The plan's kernels over the pixels whose address the table holds."""
-    from .kernels.fetch import fetch
-
-    fetch(buffers["pixels"], buffers["table"], features=plan.spec.patch.features)
-    launch(plan, weights, buffers, tile)
-
-
 def launch_step(step: Step, weights: Tensors, buffers: Tensors, tile: int) -> None:
     from .kernels.ops import OPS
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .buckets import Bucket
-from .executor import launch_call
+from .executor import launch
 from .packing import items, table
 from .plan import Plan
 from .workspace import Workspace
@@ -17,7 +17,7 @@ from .workspace import Workspace
 
 @dataclass(slots=True)
 class BucketGraph:
-    """A captured bucket. replay() runs it on the current stream over the pixels and images that the table names."""
+    """A captured bucket. replay() runs it on the current stream over whatever the buffers hold."""
 
     bucket: Bucket
     buffers: dict[str, torch.Tensor]
@@ -37,12 +37,12 @@ def capture(plan: Plan, weights: Mapping[str, torch.Tensor], workspace: Workspac
     buffers = workspace.buffers(bucket)
     merge = plan.spec.merge
     pack = items(plan.spec, [[1, merge, merge]], merge * merge)
-    pixels = torch.zeros(merge * merge, plan.spec.patch.features, dtype=workspace.dtype, device=workspace.slab.device)
-    smallest = torch.tensor(table(pack, workspace.tile, pixels.data_ptr()), dtype=torch.int32)
+    smallest = torch.tensor(table(pack, workspace.tile), dtype=torch.int32)
     buffers["table"][: len(smallest)].copy_(smallest)
-    launch_call(plan, weights, buffers, workspace.tile)
+    buffers["pixels"][: merge * merge].zero_()
+    launch(plan, weights, buffers, workspace.tile)
     torch.cuda.current_stream().synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        launch_call(plan, weights, buffers, workspace.tile)
+        launch(plan, weights, buffers, workspace.tile)
     return BucketGraph(bucket, buffers, graph, time.perf_counter() - start)

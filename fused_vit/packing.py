@@ -13,11 +13,11 @@ from .buckets import Bucket
 from .errors import InputError
 from .spec import PoolSpec, TowerSpec
 
-HEADER = 8  # rows, merged rows, images, attention tiles, windows, patches, address of the pixels in 64 bits
+HEADER = 8  # rows, merged rows, images, attention tiles, windows, 3 unused
 # of an image: frames t, height h, width w, first: row, patch, merged row; frames per segment, first window; and, of the
 # image with the n-th longest segments in the n-th place: its first attention tile, its number
 FIELDS = 10
-ROWS, MERGED, IMAGES, TILES, WINDOWS, PATCHES = range(6)
+ROWS, MERGED, IMAGES, TILES, WINDOWS = range(5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +138,8 @@ def split(all_items: Sequence[Item], largest: Bucket) -> list[list[Item]]:
     return packs
 
 
-def table(pack: Sequence[Item], tile: int, address: int = 0) -> list[int]:
-    """The integers that the device needs: a header, then FIELDS for each item. address: of its pixels.
+def table(pack: Sequence[Item], tile: int) -> list[int]:
+    """The integers that the device needs: a header of counts, then FIELDS for each item.
 
     `tile` is in query rows. Attention tiles are in the order of their segments' lengths, the longest first: the last to
     run are the shortest.
@@ -153,6 +153,4 @@ def table(pack: Sequence[Item], tile: int, address: int = 0) -> list[int]:
         window += item.t * item.windows
         ranked = pack[number]
         first_tile += ranked.t // ranked.frames_per_segment * -(-ranked.segment_rows // tile)
-    low, high = address & 0xFFFFFFFF, address >> 32
-    signed = low - (low >> 31 << 32)
-    return [row, merged, len(pack), first_tile, window, patch, signed, high, *fields]
+    return [row, merged, len(pack), first_tile, window, 0, 0, 0, *fields]

@@ -15,13 +15,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-# table: rows, merged rows, images, attention tiles, windows, patches, address of the pixels (64 bits); then FIELDS
-# integers per image
-HEADER = 8
+HEADER = 8  # table: rows, merged rows, images, attention tiles, windows, 3 unused; then FIELDS integers per image
 # t, h, w, first row, first patch, first merged row, frames per segment, first window; then, in the n-th image's place,
 # the first tile and the number of the image with the n-th longest segments
 FIELDS = 10
-IMAGES, PATCHES, ADDRESS = 2, 5, 6  # places in the header
+IMAGES = 2
 BLOCK = 32
 
 

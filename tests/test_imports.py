@@ -17,7 +17,7 @@ LAYERS = (
     ("output", "towers", "packing", "buckets", "calls"),
     ("plan",),
     ("workspace", "executor"),
-    ("graphs", "staging"),
+    ("graphs",),
     ("encoder",),
     ("images", "pca", "parity", "adapters"),
     ("cli",),

@@ -17,7 +17,7 @@ import triton
 
 from fused_vit.buckets import Bucket
 from fused_vit.executor import define, launch
-from fused_vit.kernels import attention, fetch, linear, norm, patch_embed, pool, qkv, residual, unfold
+from fused_vit.kernels import attention, linear, norm, patch_embed, pool, qkv, residual, unfold
 from fused_vit.layouts import Part, parts
 from fused_vit.packing import Item, items, table
 from fused_vit.plan import build_plan
@@ -502,16 +502,3 @@ def test_a_plan_in_a_poisoned_slab_equals_its_definition(name: str) -> None:
         for output, want in zip(plan.outputs, define(plan, weights, pixels, pack), strict=True):
             if want is not None:
                 assert (buffers[output][: len(want)] - want).norm() <= 1e-5 * want.norm(), output
-
-
-# --- fetch --------------------------------------------------------------------
-
-
-@DTYPES
-@pytest.mark.parametrize("features", [96, 588])
-def test_fetch(features: int, dtype: torch.dtype) -> None:
-    source, target = rand(77, features, dtype=dtype), blank(90, -(-features // 16) * 16, dtype=dtype)
-    numbers = torch.tensor(table([Item(7, 1, 11)], 64, source.data_ptr()), dtype=torch.int32)
-    fetch.fetch(target, numbers, features=features)
-    assert torch.equal(target[:77, :features], source)
-    assert (target[77:] == blank(1, dtype=dtype)).all() and (target[:, features:] == blank(1, dtype=dtype)).all()
