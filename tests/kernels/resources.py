@@ -9,7 +9,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from fused_vit.layouts import parts
 from fused_vit.plan import Plan, build_plan
 from fused_vit.towers import parse_config
 from fused_vit.weights.pack import pack_tower
-from fused_vit.workspace import shapes
+from fused_vit.workspace import Workspace, shapes
 
 TABLE = Path(__file__).with_name("resources.json")
 ARCHES = (80, 90, 100)
@@ -78,13 +78,54 @@ class Launch:
 
 def launches(tower: str, tokens: int, arch: int) -> Iterator[Launch]:
     """Every launch of a tower of a block or two in a bucket, recorded instead of run, on tensors without data."""
+    plan, weights = planned(tower, "meta")
+    tile = config.attention_config(plan.spec.attention.head_dim, torch.bfloat16, arch).block_m
+    yield from recorded_launches(tower, plan, weights, meta_buffers(plan, Bucket(tokens, 64), tile), tile, arch)
+
+
+def owned_launches(tower: str, tokens: int, arch: int) -> tuple[set[int], Iterator[Launch]]:
+    """The same in a workspace on the CPU, and where the memory of workspace and weights begins."""
+    plan, weights = planned(tower, "cpu")
+    tile = config.attention_config(plan.spec.attention.head_dim, torch.bfloat16, arch).block_m
+    workspace = Workspace(plan, Bucket(tokens, 64), torch.bfloat16, torch.device("cpu"), tile)
+    owned = {storage(t) for t in (workspace.slab, *weights.values())}
+    buffers = workspace.buffers(Bucket(tokens, 64))
+    return owned, recorded_launches(tower, plan, weights, buffers, tile, arch)
+
+
+def storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors in a launch's arguments, in tuples and behind descriptors too."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, TensorDescriptor):
+        yield value.base
+    elif isinstance(value, dict | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_of(item)
+
+
+def planned(tower: str, device: str) -> tuple[Plan, dict[str, torch.Tensor]]:
+    """A tower's plan and packed weights, without values."""
     fields = TOWERS[tower]
     spec = parse_config(fields, projector="text_config" in fields)
-    source = {(p.name, p.block): torch.empty(p.shape, device="meta") for p in parts(spec)}
-    weights = pack_tower(spec, lambda part, i: source[part, i], dtype=torch.bfloat16, device="meta")
-    plan = build_plan(spec)
-    tile = config.attention_config(spec.attention.head_dim, torch.bfloat16, arch).block_m
-    buffers = meta_buffers(plan, Bucket(tokens, 64), tile)
+    source = {(p.name, p.block): torch.empty(p.shape, device=device) for p in parts(spec)}
+    weights = pack_tower(spec, lambda part, i: source[part, i], dtype=torch.bfloat16, device=device)
+    return build_plan(spec), weights
+
+
+def recorded_launches(
+    tower: str,
+    plan: Plan,
+    weights: Mapping[str, torch.Tensor],
+    buffers: Mapping[str, torch.Tensor],
+    tile: int,
+    arch: int,
+) -> Iterator[Launch]:
+    tokens = buffers["pixels"].shape[0]
     for step in plan.steps:
         with record(arch) as recorded:
             launch_step(step, weights, buffers, tile)

@@ -55,3 +55,14 @@ def test_without_gluon_hopper_runs_the_portable_kernels(monkeypatch: pytest.Monk
 def test_a_bucket_may_have_any_number_of_rows(tower: str) -> None:
     """Launchers take buckets that hold no whole number of merged rows, on every architecture."""
     assert all(list(resources.launches(tower, 4097, arch)) for arch in resources.ARCHES)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("tower", ["8B", "Qwen2.5-VL-7B", "GLM-4.1V", "GLM-5.3-Flash", "Kimi-K2.5"])
+def test_launches_touch_nothing_but_workspace_and_weights(tower: str, arch: int) -> None:
+    """A temporary tensor of a launcher would be freed, and its memory reused, while a captured graph still reads it."""
+    for tokens in (258, 4096):
+        owned, launches = resources.owned_launches(tower, tokens, arch)
+        for launch in launches:
+            strays = [t.shape for t in resources.tensors_of(launch.arguments) if resources.storage(t) not in owned]
+            assert not strays, f"{launch.label}: {strays}"
