@@ -141,7 +141,8 @@ class FusedViT:
         self._done: torch.cuda.Event | None = None
         self._last_stream: torch.cuda.Stream | None = None
         self._counts: Counter[str] = Counter()
-        self._calls: Counter[Bucket] = Counter()
+        self._replays: Counter[Bucket] = Counter()
+        self._asked: Counter[Bucket] = Counter()  # rows
         self._warned = False
 
     @classmethod
@@ -196,11 +197,18 @@ class FusedViT:
         return self._plan
 
     def stats(self) -> dict[str, Any]:
-        """Calls, images, rows asked and rows of capacity they ran in, replays per bucket, bytes, capture seconds."""
+        """Calls, images, rows asked and rows of capacity they ran in, of each bucket too; bytes, capture seconds."""
         return {
             "backend": self.backend,
             **{k: self._counts[k] for k in ("calls", "images", "rows", "bucket_rows", "oversize_calls")},
-            "replays": {f"{b.tokens}x{b.segments}": self._calls[b] for b in self.buckets},
+            "buckets": {
+                f"{b.tokens}x{b.segments}": {
+                    "replays": self._replays[b],
+                    "rows": self._asked[b],
+                    "capacity": self._replays[b] * b.tokens,
+                }
+                for b in self.buckets
+            },
             "graphs": len(self._graphs),
             "capture_seconds": sum(g.capture_seconds for g in self._graphs.values()),
             "weight_bytes": self.weight_bytes,
@@ -292,7 +300,8 @@ class FusedViT:
             graph = self._graph(bucket)
             self._fill(graph.buffers, pixels, pack)
             graph.replay()
-            self._calls[bucket] += 1
+            self._replays[bucket] += 1
+            self._asked[bucket] += rows
             self._counts["bucket_rows"] += bucket.tokens
             return graph.buffers
         buffers = self._grown(Bucket(rows, segments))

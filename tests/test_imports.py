@@ -19,7 +19,7 @@ LAYERS = (
     ("workspace", "executor"),
     ("graphs",),
     ("encoder",),
-    ("images", "pca", "parity", "adapters"),
+    ("images", "pca", "parity", "metrics", "adapters"),
     ("cli",),
 )
 RANK = {name: i for i, row in enumerate(LAYERS) for name in row}
@@ -36,6 +36,7 @@ THIRD_PARTY = {  # package -> modules that may import it; torch is everybody's
     "rich": {"cli"},
     "numpy": {"images", "pca", "weights"},
     "PIL": {"images", "pca"},
+    "prometheus_client": {"metrics"},
     "einops": set(RANK) | {"weights"},
 }
 PURE = {"errors", "spec", "layouts", "towers", "packing", "buckets", "plan"}  # no torch either
