@@ -2,15 +2,67 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from fused_vit.errors import FusedVitError
+
+Roof = dict[str, float]
+
+
+class BenchError(FusedVitError):
+    """What keeps a benchmark from running."""
+
+
+def require_gpu() -> torch.device:
+    """The device to measure on. Raises BenchError where there is none: a time of the CPU's definition says nothing."""
+    if not torch.cuda.is_available():
+        raise BenchError("benchmarks time kernels on an NVIDIA GPU, and torch sees none here")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def script(main: Callable[[], None]) -> None:
+    """Run a module's main; what a user can cause is one line on stderr and exit code 1."""
+    try:
+        main()
+    except FusedVitError as error:
+        sys.exit(f"error: {error}")
+
+
+def judged(error: float, allowed: float, speed: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A result's error and, only where that is at most `allowed` (a NaN is not), its speed."""
+    row = {"error": error, "allowed": allowed}
+    return row | speed() if error <= allowed else row
+
+
+def speed(us: float, flops: float, size: float, roof: Roof) -> dict[str, float]:
+    """Achieved TFLOP/s and TB/s of one launch, and its floor as a share of its time."""
+    return {"us": us, "tflops": flops / us / 1e6, "tbs": size / us / 1e6, "share": floor_us(flops, size, roof) / us}
+
+
+def floor_us(flops: float, size: float, roof: Roof) -> float:
+    """What the measured ceilings allow at best for that many FLOPs and bytes through device memory."""
+    return 1e6 * max(flops / (roof["tflops"] * 1e12), size / (roof["tbs"] * 1e12))
+
+
+def copies(size: float, cache: int) -> int:
+    """How many copies of a launch's operands to go round, so that a launch finds none of its own in the L2."""
+    return min(64, max(2, -(-2 * cache // max(int(size), 1)) + 1))
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def wall_ms(call: Callable[[], Any], repeats: int = 20, warmup: int = 3) -> dict[str, float]:
@@ -39,6 +91,24 @@ def device_ms(call: Callable[[], Any], repeats: int = 20) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end))
     return statistics.median(times)
+
+
+def graph_us(launches: Sequence[Callable[[], Any]], repeats: int = 20, least: int = 10) -> float:
+    """Median device time of one of these launches, in microseconds: all of them in turn, in one graph.
+
+    Results are kept until the graph is whole, so that what allocates gets other memory every time.
+    """
+    for launch in launches:
+        launch()  # compiles, and lets libraries choose
+    torch.cuda.synchronize()
+    rounds = -(-least // len(launches))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [launch() for _ in range(rounds) for launch in launches]
+    graph.replay()
+    us = 1e3 * device_ms(graph.replay, repeats) / len(results)
+    del results
+    return us
 
 
 def host_us(call: Callable[[], Any], repeats: int = 30) -> float:
