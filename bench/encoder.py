@@ -1,38 +1,44 @@
-"""Whole towers: ours (graph call, replay alone, host) beside Hugging Face sdpa, in one process, error beside time.
+"""Whole towers: ours (eager, replay, whole call) beside every peer, in one process, the error beside each time.
 
-python -m bench.encoder --out bench/results/encoder.json
+python -m bench.encoder --out bench/results/encoder.json        # or: fused-vit bench encoder
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
 
 import fused_vit
-from bench.timing import ceilings, device_ms, environment, host_us, wall_ms
+from bench.assembly import Captured
+from bench.cases import CASES, COST_FOLLOWS, FILL, PEERS, partly, rectangle
+from bench.peers import Missing, Peers, hf_call, outputs
+from bench.steps import Loaded, load, roofline, times, without_attention_us
+from bench.timing import (
+    Roof,
+    ceilings,
+    device_ms,
+    environment,
+    host_us,
+    judged,
+    require_gpu,
+    save,
+    script,
+    wall_ms,
+)
+from fused_vit.buckets import Bucket, choose
 from fused_vit.packing import items
+from fused_vit.parity import exact_fp32, relative
 from fused_vit.plan import cost
 
-CASES: dict[str, list[list[int]]] = {  # name -> grids (t, h, w) of 16-pixel patches
-    "224²": [[1, 14, 14]],
-    "448²": [[1, 28, 28]],
-    "768x1024": [[1, 48, 64]],
-    "1024²": [[1, 64, 64]],
-    "1080p": [[1, 68, 120]],
-    "2048²": [[1, 128, 128]],
-    "8 x 448²": [[1, 28, 28]] * 8,
-    "mixed 8": [
-        [1, 16, 16], [1, 28, 28], [1, 48, 64], [1, 20, 36], [1, 64, 64], [1, 32, 32], [1, 40, 24], [1, 28, 28],
-    ],
-    "video 16 x 448²": [[16, 28, 28]],
-}  # fmt: skip
+Grids = list[list[int]]
+STEP_CASES = ("448²", "1024²", "1080p", "8 x 448²")  # whose steps are timed one by one
 
 
 def tower_8b(depth: int = 27) -> torch.nn.Module:
@@ -53,93 +59,220 @@ def tower_8b(depth: int = 27) -> torch.nn.Module:
     return tower.cuda()
 
 
-def rounded(tower: torch.nn.Module) -> torch.nn.Module:
-    """The tower as a bf16 checkpoint loads: parameters rounded, rotary frequencies left in fp32."""
-    peer = copy.deepcopy(tower)
-    for parameter in peer.parameters():
-        parameter.data = parameter.data.bfloat16()
-    return peer
+def worst(ours: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:
+    """The largest relative error of any output; a NaN is larger than all."""
+    errors = [relative(a, b) for a, b in zip(ours, truth, strict=True)]
+    return next((error for error in errors if error != error), max(errors))
 
 
-class LinearPatchEmbed(torch.nn.Module):
-    """Hugging Face's patch embedding as a matmul: what its Conv3d-as-linear option computes."""
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What every case needs: our tower, its peers and which of them to ask, and the device's ceilings."""
 
-    def __init__(self, conv: torch.nn.Conv3d) -> None:
-        super().__init__()
-        self.weight, self.bias = conv.weight.flatten(1), conv.bias
+    vit: fused_vit.FusedViT
+    peers: Peers
+    asked: Sequence[str]
+    roof: Roof
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return F.linear(pixels.to(self.weight.dtype), self.weight, self.bias)
+    def pixels(self, grids: Grids) -> torch.Tensor:
+        rows = sum(t * h * w for t, h, w in grids)
+        noise = torch.randn(rows, self.vit.spec.patch.features, generator=torch.Generator().manual_seed(0))
+        return noise.to(self.vit.device, self.vit.dtype)
+
+    def bucket(self, grids: Grids) -> Bucket:
+        """The bucket that a call with these grids runs in."""
+        pack = items(self.vit.spec, grids, sum(t * h * w for t, h, w in grids))
+        bucket = choose(self.vit.buckets, sum(i.rows for i in pack), sum(i.segments for i in pack))
+        assert bucket is not None, "a case fits the largest bucket"
+        return bucket
+
+    def load(self, grids: Grids, bucket: Bucket | None = None) -> Loaded:
+        return load(self.vit.plan(), self.vit.weights, grids, bucket or self.bucket(grids), self.vit.tile)
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.float() - b.float()).norm() / b.float().norm())
+@torch.no_grad()
+def measure(bench: Bench, grids: Grids) -> dict[str, Any]:
+    """One case: ours and every peer, none with a speed whose error is more than twice that of Hugging Face's sdpa."""
+    vit, pixels = bench.vit, bench.pixels(grids)
+    pack = items(vit.spec, grids, len(pixels))
+    flops = sum(step.flops for step in cost(vit.plan(), pack).values())
+    floor = 1e3 * max(flops / (bench.roof["tflops"] * 1e12), vit.weight_bytes / (bench.roof["tbs"] * 1e12))
+    with exact_fp32():
+        truth = hf_call(bench.peers.truth, grids)(pixels.float())
+    allowed = 2 * worst(hf_call(bench.peers.hf_sdpa, grids)(pixels), truth) + 1e-6
+    row: dict[str, Any] = {
+        "tokens": len(pixels), "images": len(grids), "segments": sum(i.segments for i in pack),
+        "tflop": flops / 1e12, "floor_ms": floor, "allowed": allowed,
+    }  # fmt: skip
+    for name in bench.asked:
+        row[name] = peer(bench, name, grids, pixels, truth, allowed)
+    return row | {"fused_vit": ours(bench, grids, pixels, truth, allowed)}
 
 
-def measure(
-    grids: list[list[int]], towers: dict[str, Callable[..., Any]], vit: Any, roof: dict[str, float]
+def peer(
+    bench: Bench, name: str, grids: Grids, pixels: torch.Tensor, truth: list[torch.Tensor], allowed: float
 ) -> dict[str, Any]:
-    """One row of the table. No speed is given for a result whose error is more than twice Hugging Face's."""
-    rows = sum(t * h * w for t, h, w in grids)
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(rows, 1536, generator=generator).bfloat16().cuda()
-    grid = torch.tensor(grids)
-    pack = items(vit.spec, grids, rows)
-    costs = cost(vit.plan(), pack).values()
-    flops = sum(c.flops for c in costs)
-    floor = 1e3 * max(flops / (roof["tflops"] * 1e12), vit.weight_bytes / (roof["tbs"] * 1e12))
-    with torch.no_grad():
-        truth = towers["fp32"](pixels.float(), grid_thw=grid.cuda()).pooler_output
-        row: dict[str, Any] = {"tokens": rows, "images": len(grids), "tflop": flops / 1e12, "floor_ms": floor}
-        for name in ("hf_sdpa", "hf_sdpa_linear"):
-            result = towers[name](pixels, grid_thw=grid.cuda()).pooler_output
-            row[name] = {"error": relative(result, truth)}
-            on_device = grid.cuda()
-            row[name]["wall_ms"] = wall_ms(lambda tower=towers[name], g=on_device: tower(pixels, grid_thw=g), 10)
-    error = relative(vit(pixels, grid).pooler_output, truth)
-    row["fused_vit"] = {"error": error}
-    if error > 2 * row["hf_sdpa"]["error"] + 1e-6:
-        return row
-    row["fused_vit"]["wall_ms"] = wall_ms(lambda: vit(pixels, grid))
-    bucket = next(b for b in vit.buckets if b.holds(rows, sum(i.segments for i in pack)))
-    row["fused_vit"] |= {
-        "replay_ms": device_ms(vit._graphs[bucket].replay),
-        "host_us": host_us(lambda: vit(pixels, grid)),
-        "bucket": [bucket.tokens, bucket.segments],
-    }
-    return row
+    """A peer's error and time, or why it has none."""
+    try:
+        call = bench.peers.call(name, grids, pixels)
+        error = worst(call(pixels), truth)
+    except Missing as reason:
+        return {"missing": str(reason)}
+    except Exception as failure:  # of code that is not ours
+        return {"missing": str(bench.peers.gone(name, failure))}
+
+    def speed() -> dict[str, Any]:
+        replay = {"replay_ms": device_ms(call.graph.replay)} if isinstance(call, Captured) else {}
+        return {"wall_ms": wall_ms(lambda: call(pixels), 10), **replay}
+
+    return judged(error, allowed, speed)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
+def ours(bench: Bench, grids: Grids, pixels: torch.Tensor, truth: list[torch.Tensor], allowed: float) -> dict[str, Any]:
+    """Our error and times; a tower that gives other bits the second time is as wrong as one that is far off."""
+    vit, grid, bucket = bench.vit, torch.tensor(grids), bench.bucket(grids)
+    first = outputs(vit(pixels, grid))
+    same = all(
+        all(map(torch.equal, first, outputs(vit(pixels, grid)))) for _ in range(3)
+    )  # fresh tensors every call, so nothing is compared with itself
+    rows = {"rows_asked": len(pixels), "rows_run": bucket.tokens, "bucket": [bucket.tokens, bucket.segments]}
+
+    def speed() -> dict[str, Any]:
+        loaded = bench.load(grids)
+        return {
+            "eager_ms": wall_ms(loaded.run)["median"],
+            "replay_ms": device_ms(vit._graphs[bucket].replay),
+            "wall_ms": wall_ms(lambda: vit(pixels, grid)),
+            "host_us": host_us(lambda: vit(pixels, grid)),
+        }
+
+    error = worst(first, truth)
+    return {**rows, "bitwise": same} | (judged(error, allowed, speed) if same else {"error": error, "allowed": allowed})
+
+
+def steps(bench: Bench, grids: Grids) -> dict[str, Any]:
+    """The roofline of one case: every kind of step, and their sum beside the replay of the whole."""
+    loaded = bench.load(grids)
+    rows = roofline(times(loaded), loaded.plan, loaded.pack, bench.roof)
+    return {"sum_ms": sum(row["launches"] * row["us"] for row in rows) / 1e3, "steps": rows}
+
+
+def cost_follows(bench: Bench, capacity: int) -> dict[str, Any]:
+    """Whether a bucket that is not full costs less: one image of FILL of its rows beside one of all."""
+    merge, vit = bench.vit.spec.merge, bench.vit
+    found: dict[str, Any] = {"allowed": COST_FOLLOWS}
+    for name, grid in (("part", partly(capacity, FILL, merge)), ("full", rectangle(capacity, merge))):
+        bucket, pixels = bench.bucket([rectangle(capacity, merge)]), bench.pixels([grid])
+        vit(pixels, [grid])  # leaves the grid in the bucket's table
+        found[name] = {
+            "rows": grid[1] * grid[2], "bucket": [bucket.tokens, bucket.segments],
+            "replay_ms": device_ms(vit._graphs[bucket].replay),
+            "without_attention_ms": without_attention_us(bench.load([grid], bucket)) / 1e3,
+        }  # fmt: skip
+    found["share"] = found["part"]["rows"] / found["full"]["rows"]
+    found["ratio"] = found["part"]["without_attention_ms"] / found["full"]["without_attention_ms"]
+    found["replay_ratio"] = found["part"]["replay_ms"] / found["full"]["replay_ms"]
+    return found | {"ok": found["ratio"] <= COST_FOLLOWS}
+
+
+def columns(table: Table) -> Table:
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def whole_table(cases: dict[str, Any]) -> Table:
+    """Ours: where a call's time goes."""
+    names = ("rows asked / run", "floor", "eager", "replay", "call", "host us", "error", "same bits")
+    table = Table("case", *names, title="fused_vit, ms")
+    for name, row in cases.items():
+        found = row["fused_vit"]
+        known = "wall_ms" in found
+        cells = [f"{found['eager_ms']:.2f}", f"{found['replay_ms']:.2f}", f"{found['wall_ms']['median']:.2f}",
+                 f"{found['host_us']:.0f}"] if known else ["[bold red]wrong"] * 4  # fmt: skip
+        rows = f"{found['rows_asked']} / {found['rows_run']}"
+        same = "yes" if found["bitwise"] else "[bold red]no"
+        table.add_row(name, rows, f"{row['floor_ms']:.2f}", *cells, f"{found['error']:.1e}", same)
+    return columns(table)
+
+
+def peers_table(cases: dict[str, Any], asked: Sequence[str]) -> Table:
+    """Every engine's whole call and error."""
+    names = ["fused_vit", *asked]
+    table = Table("case", *("fused_vit" if n == "fused_vit" else PEERS[n] for n in names), title="whole calls, ms")
+    for name, row in cases.items():
+        table.add_row(name, *(cell(row[engine]) for engine in names))
+    return columns(table)
+
+
+def cell(found: dict[str, Any]) -> str:
+    """A call's median and its error; what is wrong or missing has no number."""
+    if "missing" in found:
+        return "missing"
+    wall = found.get("wall_ms", {}).get("median")
+    return "[bold red]wrong" + f" ({found['error']:.1e})" if wall is None else f"{wall:.2f} ({found['error']:.1e})"
+
+
+def steps_table(name: str, found: dict[str, Any]) -> Table:
+    """The roofline as a table."""
+    heads = ("launches", "us", "TFLOP/s", "TB/s", "floor us", "x floor", "of the tower")
+    table = Table("step", *heads, title=f"steps of {name}, sum {found['sum_ms']:.2f} ms")
+    for row in found["steps"]:
+        table.add_row(
+            row["step"], f"{row['launches']}", f"{row['us']:.1f}", f"{row['tflops']:.0f}", f"{row['tbs']:.2f}",
+            f"{row['floor_us']:.1f}", f"{row['ratio']:.2f}", f"{row['of_tower']:.1%}",
+        )  # fmt: skip
+    return columns(table)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="fused-vit bench encoder", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("bench/results/encoder.json"))
-    out = parser.parse_args().out
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    tower = tower_8b()
-    peer = rounded(tower)
-    linear = copy.deepcopy(peer)
-    linear.patch_embed = LinearPatchEmbed(peer.patch_embed.proj)  # type: ignore[arg-type,union-attr]
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="default all")
+    parser.add_argument("--compile-seconds", type=float, default=40, help="no compilation is begun after these")
+    parser.add_argument("--fill-bucket", type=int, default=8192, help="the bucket that is filled to 55 %% and whole")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    require_gpu()
+    console, tower = Console(), tower_8b()
     vit = fused_vit.FusedViT.from_module(tower, dtype=torch.bfloat16).warmup()
-    roof = ceilings()
+    bench = Bench(vit, Peers(tower, arguments.compile_seconds), arguments.peers, ceilings())
     report: dict[str, Any] = {
         "what": "Qwen3-VL-8B vision tower (27 x 1152, 16 heads of 72, MLP 4304, 3 deepstack), random weights, bf16",
-        "environment": environment(), "ceilings": roof, "stats": vit.stats(), "cases": {},
+        "environment": environment(), "ceilings": bench.roof, "cases": {}, "roofline": {},
     }  # fmt: skip
-    towers = {"fp32": tower, "hf_sdpa": peer, "hf_sdpa_linear": linear}
-    for name, grids in CASES.items():
-        report["cases"][name] = row = measure(grids, towers, vit, roof)
-        ours, theirs = row["fused_vit"], row["hf_sdpa_linear"]
-        wall = ours.get("wall_ms", {}).get("median", float("nan"))
-        print(
-            f"{name:16} {row['tokens']:6} tokens  floor {row['floor_ms']:6.2f}  ours {wall:7.2f} ms"
-            f" (replay {ours.get('replay_ms', float('nan')):7.2f}, host {ours.get('host_us', 0):5.0f} us,"
-            f" error {ours['error']:.2e})  hf {row['hf_sdpa']['wall_ms']['median']:7.2f}"
-            f" / linear {theirs['wall_ms']['median']:7.2f} ms (error {theirs['error']:.2e})",
-            flush=True,
+    for name in arguments.cases:
+        report["cases"][name] = measure(bench, CASES[name])
+        if name in STEP_CASES and "wall_ms" in report["cases"][name]["fused_vit"]:
+            report["roofline"][name] = steps(bench, CASES[name])
+            console.print(steps_table(name, report["roofline"][name]))
+        console.print(f"{name}: fused_vit {cell(report['cases'][name]['fused_vit'])}", highlight=False)
+        save(report, arguments.out)
+    report |= {"stats": vit.stats(), "missing": bench.peers.reasons}
+    if all("wall_ms" in row["fused_vit"] for row in report["cases"].values()):
+        report["cost_follows_tokens"] = cost_follows(bench, arguments.fill_bucket)
+    save(report, arguments.out)
+    summary(console, report, arguments.peers)
+
+
+def summary(console: Console, report: dict[str, Any], asked: Sequence[str]) -> None:
+    """What a run found, at its end."""
+    console.print(whole_table(report["cases"]))
+    console.print(peers_table(report["cases"], asked))
+    for name, reason in report["missing"].items():
+        console.print(f"{PEERS[name]}: missing, {reason}", highlight=False, markup=False)
+    if follows := report.get("cost_follows_tokens"):
+        verdict = "at most" if follows["ok"] else "MORE than"
+        console.print(
+            f"a bucket of {follows['full']['rows']} with {follows['share']:.0%} of its rows takes "
+            f"{follows['ratio']:.2f} of its full time, attention left out ({verdict} {follows['allowed']})",
+            highlight=False,
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    script(main)
