@@ -1,14 +1,13 @@
 """Tune: time candidate configurations of every matmul and of attention, and print rows for kernels/config.py.
 
 Each candidate is checked against the definition before it is timed; a wrong one is reported, never timed.
-python -m bench.tune --out bench/results/tune.json
+python -m bench.tune --out bench/results/tune.json        # or: fused-vit bench tune
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -19,8 +18,10 @@ from unittest import mock
 
 import torch
 import triton
+from rich.console import Console
+from rich.table import Table
 
-from bench.timing import environment
+from bench.timing import environment, require_gpu, save, script
 from fused_vit.kernels import attention as attention_file
 from fused_vit.kernels import linear as linear_file
 from fused_vit.kernels import qkv as qkv_file
@@ -130,11 +131,27 @@ def attentions() -> dict[str, Any]:
     return {"S=784 x1": [784], "S=784 x8": [784] * 8, "S=4096 x1": [4096], "S=112 x100": [112] * 100}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
+def best(results: Sequence[dict[str, Any]], most: int = 4) -> Table:
+    """The fastest right candidates of each case, as rows of kernels/config.py."""
+    table = Table("case", "us", "error", "configuration")
+    for case in dict.fromkeys(r["case"] for r in results):
+        for r in sorted((r for r in results if r["case"] == case and "us" in r), key=lambda r: r["us"])[:most]:
+            configuration = ", ".join(f"{k}={v}" for k, v in r["config"].items())
+            table.add_row(case, f"{r['us']:.1f}", f"{r['error']:.1e}", configuration)
+        table.add_section()
+    return table
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="fused-vit bench tune", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("bench/results/tune.json"))
     parser.add_argument("--rows", type=int, nargs="*", default=[256, 1024, 4096, 8160])
-    arguments = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    require_gpu()
     results: list[dict[str, Any]] = []
     gemms: list[GemmConfig | HopperConfig] = [*GEMMS, *(HOPPERS if device_arch(torch.device("cuda", 0)) == 90 else [])]
     for rows in arguments.rows:
@@ -163,12 +180,9 @@ def main() -> None:
                 attention_file.attention, out, qkv, table, heads=HEADS, head_dim=72, windowed=False, count=count
             )
             results.append(timed(f"attention {name}", attention, patch, call, out, truth))
-    for case in dict.fromkeys(r["case"] for r in results):
-        best = sorted((r for r in results if r["case"] == case and "us" in r), key=lambda r: r["us"])[:4]
-        print(case, "; ".join(f"{r['us']:.1f} us {tuple(r['config'].values())}" for r in best), flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"environment": environment(), "results": results}) + "\n")
+    Console().print(best(results))
+    save({"environment": environment(), "results": results}, arguments.out)
 
 
 if __name__ == "__main__":
-    main()
+    script(main)
