@@ -1,4 +1,4 @@
-"""Report: the README's figures from the newest JSON under bench/results, between its markers. Invents nothing.
+"""Report: the README's figures and docs/latency.svg from bench/results/encoder.json. Invents nothing.
 
 python -m bench.report
 """
@@ -9,37 +9,137 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench.cases import CASES, PEERS
+
 START, END = "<!-- figures:start -->", "<!-- figures:end -->"
+RESULT, PLOT = "bench/results/encoder.json", "docs/latency.svg"
+
+
+def engines(report: dict[str, Any]) -> list[str]:
+    """Ours, and the peers that any case has a time for."""
+    return ["fused_vit", *(p for p in PEERS if any("wall_ms" in row.get(p, {}) for row in report["cases"].values()))]
+
+
+def wall(row: dict[str, Any], engine: str) -> float | None:
+    """Median of a call, where there is one."""
+    median: float | None = row.get(engine, {}).get("wall_ms", {}).get("median")
+    return median
 
 
 def table(report: dict[str, Any], source: str) -> str:
-    environment, roof = report["environment"], report["ceilings"]
+    """Floor, ours and every peer's whole call in markdown."""
+    environment, roof, names = report["environment"], report["ceilings"], engines(report)
+    heads = ["input", "patches", "floor", *(PEERS.get(name, name) for name in names), "ours vs linear"]
     lines = [
         f"{report['what']}. One {environment['device']}, torch {environment['torch']}, triton {environment['triton']}. "
         f"Median of a call from Python until the device is idle, in ms; in brackets the error relative to fp32. "
         f"*Floor*: useful FLOPs at the measured {roof['tflops']:.0f} TFLOP/s, or weights at {roof['tbs']:.2f} TB/s. "
         f"Source: `{source}`.",
         "",
-        "| input | patches | floor | fused_vit | Hugging Face sdpa | sdpa, Conv3d as linear | ours vs linear |",
-        "|---|---|---|---|---|---|---|",
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
     ]
     for name, row in report["cases"].items():
-        cells = []
-        for engine in ("fused_vit", "hf_sdpa", "hf_sdpa_linear"):
-            wall = row[engine].get("wall_ms", {}).get("median")
-            cells.append("wrong" if wall is None else f"{wall:.2f} ({row[engine]['error']:.1e})")
-        ratio = row["hf_sdpa_linear"]["wall_ms"]["median"] / row["fused_vit"]["wall_ms"]["median"]
-        lines.append(f"| {name} | {row['tokens']} | {row['floor_ms']:.2f} | {' | '.join(cells)} | {ratio:.1f}x |")
+        ours, linear = wall(row, "fused_vit"), wall(row, "hf_sdpa_linear")
+        ratio = f"{linear / ours:.1f}x" if ours and linear else ""
+        cells = [cell(row, engine) for engine in names]
+        lines.append(f"| {name} | {row['tokens']} | {row['floor_ms']:.2f} | {' | '.join(cells)} | {ratio} |")
     return "\n".join(lines)
+
+
+def cell(row: dict[str, Any], engine: str) -> str:
+    """A time and its error; "wrong" for what has an error only, nothing for what did not run."""
+    median = wall(row, engine)
+    if median is None:
+        return "wrong" if "error" in row.get(engine, {}) else ""
+    return f"{median:.2f} ({row[engine]['error']:.1e})"
+
+
+def parts(report: dict[str, Any]) -> str:
+    """Where a call of ours goes, in markdown; columns that no case has are left out."""
+    heads = ["input", "patches / bucket", "eager", "replay", "whole call", "host, us", "same bits again"]
+    rows = []
+    for name, row in report["cases"].items():
+        ours = row["fused_vit"]
+        times = [ours.get("eager_ms"), ours.get("replay_ms"), wall(row, "fused_vit")]
+        cells = ["" if time is None else f"{time:.2f}" for time in times]
+        host = f"{ours['host_us']:.0f}" if "host_us" in ours else ""
+        same = {True: "yes", False: "no", None: ""}[ours.get("bitwise")]
+        capacity = ours["bucket"][0] if "bucket" in ours else "?"
+        rows.append([name, f"{row['tokens']} / {capacity}", *cells, host, same])
+    kept = [i for i in range(len(heads)) if any(row[i] for row in rows)]
+    table = [[row[i] for i in kept] for row in (heads, ["---"] * len(heads), *rows)]
+    about = "Of fused_vit's calls, in ms; *eager*: the same launches one by one; *replay*: the graph alone."
+    return "\n".join([about, "", *(f"| {' | '.join(cells)} |" for cells in table)])
+
+
+def follows(report: dict[str, Any]) -> str:
+    """The sentence on buckets that are not full; nothing where it was not measured."""
+    found = report.get("cost_follows_tokens")
+    if not found:
+        return ""
+    return (
+        f"A bucket of {found['full']['rows']} rows with {found['share']:.0%} of them in use takes "
+        f"{found['ratio']:.2f} of its full time, attention left out."
+    )
+
+
+def single(name: str) -> bool:
+    """Whether a case is one image: batches and clips of as many patches attend less, and lie on no line with it."""
+    return len(CASES.get(name, ())) == 1 and CASES[name][0][0] == 1
+
+
+def lines(report: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """label -> (tokens, ms) of the single images, by tokens."""
+    rows = sorted((row for name, row in report["cases"].items() if single(name)), key=lambda row: row["tokens"])
+    found = {"floor": [(row["tokens"], row["floor_ms"]) for row in rows]}
+    for engine in engines(report):
+        points = [(row["tokens"], ms) for row in rows if (ms := wall(row, engine)) is not None]
+        found[PEERS.get(engine, engine)] = points
+    return {label: points for label, points in found.items() if points}
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Latency against tokens, both logarithmic. The same report gives the same bytes."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("error: the plot needs matplotlib: pip install -e '.[bench]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with matplotlib.rc_context({"svg.hashsalt": "fused_vit", "svg.fonttype": "none", "font.size": 9}):
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        for label, points in lines(report).items():
+            ours, floor = label == "fused_vit", label == "floor"
+            style = {"color": "black", "linestyle": "--", "marker": ""} if floor else {"marker": "o", "markersize": 3}
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=2 if ours else 1, **style)
+        tokens = [n for n, _ in lines(report)["floor"]]
+        axes.set(xscale="log", yscale="log", xlabel="patches of one image", ylabel="whole call, ms")
+        axes.set_xticks(tokens, [f"{n}" for n in tokens])
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        axes.set_title(f"{report['environment']['device']}, bf16", fontsize=9)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
+        pyplot.close(figure)
+
+
+def written(readme: str, report: dict[str, Any]) -> str:
+    """The README with its figures as they should be."""
+    text = [table(report, RESULT), f"![whole calls against patches]({PLOT})", parts(report), follows(report)]
+    before, rest = readme.split(START)
+    return f"{before}{START}\n" + "\n\n".join(filter(None, text)) + f"\n{rest[rest.index(END) :]}"
 
 
 def main() -> None:
     root = Path(__file__).parent.parent
-    source = "bench/results/encoder.json"
-    text = table(json.loads((root / source).read_text()), source)
+    report = json.loads((root / RESULT).read_text())
     readme = root / "README.md"
-    before, rest = readme.read_text().split(START)
-    readme.write_text(f"{before}{START}\n{text}\n{rest[rest.index(END) :]}")
+    readme.write_text(written(readme.read_text(), report))
+    plot(report, root / PLOT)
 
 
 if __name__ == "__main__":
