@@ -37,7 +37,8 @@ check: $(STAMP)
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
 bench: $(STAMP)
-	$(BIN)/python -m bench.encoder
+	$(BIN)/fused-vit bench kernels
+	$(BIN)/fused-vit bench encoder
 	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.families
 	$(BIN)/python -m bench.support --measure

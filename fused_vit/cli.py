@@ -1,4 +1,4 @@
-"""fused-vit: describe a checkpoint's tower, encode images, check against Hugging Face, report the environment."""
+"""fused-vit: describe a checkpoint's tower, encode images, check against Hugging Face, report a machine, measure it."""
 
 from __future__ import annotations
 
@@ -256,6 +256,38 @@ def env() -> None:
         lines["kernels"] = f"do not import: {error}"
     for name, value in lines.items():
         out.print(f"{name:<16} {value}", highlight=False, soft_wrap=True, markup=False)
+
+
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure on this machine's GPU.")
+app.add_typer(bench, name="bench")
+
+
+def _bench(name: str, arguments: list[str]) -> None:
+    """A module of bench/, which lies beside the package in a checkout and is no part of what pip installs."""
+    root = Path(__file__).parent.parent
+    if not (root / "bench" / f"{name}.py").is_file():
+        raise FusedVitError(
+            "the benchmarks are not installed with the package; they run from a checkout of its source: "
+            "pip install -e '.[bench]' there, then run this again"
+        )
+    sys.path.insert(0, str(root))
+    importlib.import_module(f"bench.{name}").main(arguments)
+
+
+def _command(name: str, text: str) -> None:
+    """A command whose options are the module's own, --help included."""
+
+    @bench.command(
+        name, help=text, add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )  # fmt: skip
+    def run(context: typer.Context) -> None:
+        _bench(name, context.args)
+
+
+_command("encoder", "Whole towers, eager, replayed and called, beside Hugging Face and other peers.")
+_command("kernels", "Every kernel beside cuBLAS and torch's attentions, with its share of the measured ceiling.")
+_command("tune", "Candidates for the tables in kernels/config.py.")
 
 
 if __name__ == "__main__":

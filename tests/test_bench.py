@@ -1,0 +1,474 @@
+"""The benchmarks without a GPU: what they compare with is right, what they find wrong has no speed, figures add up."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fused_vit
+from fused_vit.buckets import Bucket
+from fused_vit.errors import InputError
+from fused_vit.packing import items
+from fused_vit.plan import Step, build_plan, cost
+from fused_vit.spec import TowerSpec
+from fused_vit.towers import parse_config
+
+pytest.importorskip("transformers")
+from bench import encoder, kernels, peers, report, steps, timing, tune
+from bench.assembly import Assembly
+from bench.cases import CASES, FILL, PEERS, partly, rectangle
+from tests.families import FAMILIES, build
+from tests.towers_hf import tiny_tower
+
+ROOT = Path(__file__).parent.parent
+ROOF = {"tflops": 700.0, "tbs": 3.0}
+GRIDS = [[1, 8, 12], [3, 6, 4], [1, 2, 2]]
+
+
+def tiny_spec(name: str = "Qwen3-VL") -> TowerSpec:
+    tower: Any = build(next(family for family in FAMILIES if family.name == name))
+    return parse_config(tower.config.to_dict())
+
+
+def pixels(grids: list[list[int]], features: int = 96) -> torch.Tensor:
+    return torch.randn(sum(t * h * w for t, h, w in grids), features, generator=torch.Generator().manual_seed(3))
+
+
+# --- the peers ---
+
+
+@pytest.mark.parametrize("grids", [GRIDS, [[1, 4, 6]], [[1, 4, 4]] * 3], ids=["mixed", "one", "equal"])
+def test_the_assembly_is_the_hugging_face_tower(grids: list[list[int]]) -> None:
+    tower = tiny_tower()
+    x = pixels(grids)
+    with torch.no_grad():
+        truth = peers.hf_call(tower, grids)(x)
+    ours = Assembly(tower, grids)(x)
+    assert len(truth) == 3 and encoder.worst(ours, truth) <= 2e-6
+
+
+def test_the_linear_patch_embedding_is_the_convolution_and_shares_every_parameter() -> None:
+    tower = tiny_tower()
+    linear = peers.with_linear(tower)
+    x = pixels(GRIDS)
+    with torch.no_grad():
+        assert encoder.worst(peers.hf_call(linear, GRIDS)(x), peers.hf_call(tower, GRIDS)(x)) <= 2e-6
+    assert linear.blocks[0].attn.qkv.weight is tower.blocks[0].attn.qkv.weight
+    assert isinstance(tower.patch_embed, type(tiny_tower().patch_embed)), "the original keeps its own"
+
+
+def test_features_image_by_image_are_joined() -> None:
+    a, b = torch.ones(2, 3), torch.zeros(1, 3)
+    whole = peers.outputs(SimpleNamespace(pooler_output=a, deepstack_features=[[a, b]]))
+    assert [list(t.shape) for t in whole] == [[2, 3], [3, 3]]
+
+
+# --- grids ---
+
+
+@pytest.mark.parametrize(("n", "grid"), [(256, [1, 16, 16]), (784, [1, 28, 28]), (8160, [1, 80, 102]), (8, [1, 2, 4])])
+def test_a_rectangle_is_the_squarest_of_its_size(n: int, grid: list[int]) -> None:
+    assert rectangle(n, 2) == grid
+
+
+@pytest.mark.parametrize("n", [0, 6, 255])
+def test_patches_that_cannot_merge_are_refused(n: int) -> None:
+    with pytest.raises(InputError, match="no multiple of 2 x 2"):
+        rectangle(n, 2)
+
+
+@pytest.mark.parametrize("capacity", [1024, 4096, 8192, 16384])
+def test_a_part_of_a_bucket_is_an_image_of_hardly_more_than_its_share(capacity: int) -> None:
+    _, h, w = partly(capacity, FILL, 2)
+    assert FILL * capacity <= h * w <= 1.02 * FILL * capacity and not h % 2 and not w % 2 and w <= 4 * h
+
+
+# --- judging and timing ---
+
+
+def test_only_a_right_result_is_timed() -> None:
+    def never() -> dict[str, Any]:
+        raise AssertionError("a wrong result was timed")
+
+    for error in (2.1, float("nan"), float("inf")):
+        row = timing.judged(error, 2.0, never)
+        assert row.keys() == {"error", "allowed"}
+    assert timing.judged(2.0, 2.0, lambda: {"us": 1.0}) == {"error": 2.0, "allowed": 2.0, "us": 1.0}
+
+
+def test_the_worst_error_is_a_nan_where_there_is_one() -> None:
+    good, bad = torch.ones(4), torch.full((4,), float("nan"))
+    assert encoder.worst([good, bad], [good, good]) != 0.0 and encoder.worst([good, good], [good, good]) == 0.0
+    assert not encoder.worst([good, bad, good], [good, good, good]) <= 1e9
+
+
+@pytest.mark.parametrize("size", [1.0, 1e5, 4.4e6, 1e8, 1e12])
+def test_copies_do_not_fit_the_cache(size: float) -> None:
+    cache = 50 << 20
+    n = timing.copies(size, cache)
+    assert 2 <= n <= 64 and ((n - 1) * size >= 2 * cache or n in (2, 64))
+
+
+def test_speed_is_arithmetic() -> None:
+    row = timing.speed(us=10.0, flops=3.5e9, size=6e6, roof=ROOF)
+    assert row["tflops"] == pytest.approx(350) and row["tbs"] == pytest.approx(0.6)
+    assert row["share"] == pytest.approx(0.5)  # bound by FLOPs: 5 us at 700 TFLOP/s, 2 at 3 TB/s
+    assert timing.floor_us(0.0, 6e6, ROOF) == pytest.approx(2.0)
+
+
+def test_there_is_nothing_to_measure_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(timing.BenchError, match="NVIDIA GPU"):
+        timing.require_gpu()
+
+
+# --- steps and their roofline ---
+
+
+def test_kinds_are_the_plan_sorted() -> None:
+    plan = build_plan(tiny_spec("Qwen2.5-VL"))
+    groups = steps.kinds(plan)
+    assert sorted(step.name for group in groups.values() for step in group) == sorted(s.name for s in plan.steps)
+    assert len({len(groups["block.attention"]), len(groups["block.attention, windows"]), plan.spec.depth}) >= 2
+    assert all(len({step.matmul for step in group}) == 1 for group in groups.values())
+
+
+def test_the_smallest_tower_has_every_kind_of_step() -> None:
+    for family in FAMILIES:
+        spec = tiny_spec(family.name)
+        small = steps.one_of_each(spec)
+        assert steps.kinds(build_plan(small)).keys() == steps.kinds(build_plan(spec)).keys(), family.name
+        assert small.depth <= 2
+
+
+def test_the_roofline_joins_times_and_costs() -> None:
+    plan = build_plan(tiny_spec())
+    pack = items(plan.spec, GRIDS, len(pixels(GRIDS)))
+    us = {name: 1.0 + i for i, name in enumerate(steps.kinds(plan))}
+    rows = {row["step"]: row for row in steps.roofline(us, plan, pack, ROOF)}
+    assert list(rows) == list(us)
+    assert sum(row["of_tower"] for row in rows.values()) == pytest.approx(1)
+    assert sum(row["launches"] for row in rows.values()) == len(plan.steps)
+    least, row = cost(plan, pack)["block.1.fc1"], rows["block.fc1"]
+    assert row["launches"] == plan.spec.depth and row["tflops"] == pytest.approx(least.flops / row["us"] / 1e6)
+    assert row["floor_us"] == pytest.approx(max(least.flops / 700e6, least.bytes / 3e6))
+    assert row["ratio"] == pytest.approx(row["us"] / row["floor_us"]) and row["ratio"] * row["share"] == pytest.approx(
+        1
+    )
+
+
+def by_definition(loaded: steps.Loaded, step: Step) -> None:
+    """What a launch does, computed by the definition."""
+    reads = {name: steps.used(loaded, name, step) for name in step.reads if name}
+    written = kernels.definition(step, loaded, reads, dict(loaded.weights))
+    for name, result in zip(step.writes, written, strict=True):
+        if name:
+            target = steps.used(loaded, name, step)
+            (target[:, :1] if name == "sums" else target).copy_(result)
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Steps by definition; times that are no times. Returns what damages a step."""
+    damaged: set[str] = set()
+
+    def launch(loaded: steps.Loaded, step: Step) -> None:
+        by_definition(loaded, step)
+        if step.name in damaged:
+            loaded.buffers[step.writes[0]].mul_(1.1)
+
+    monkeypatch.setattr(steps.Loaded, "launch", launch)
+    for module in (kernels, steps):
+        monkeypatch.setattr(module, "graph_us", lambda launches, *_, **__: 10.0 * bool(launches))
+    monkeypatch.setattr(kernels, "copies", lambda *_: 2)
+    return damaged.add
+
+
+def kernel_rows(name: str, grids: list[list[int]], attention_only: bool) -> dict[str, Any]:
+    bench = kernels.Bench(tiny_spec(name), torch.bfloat16, torch.device("cpu"), ROOF)
+    return {row["step"]: row for row in bench.measure(grids, attention_only)}
+
+
+@pytest.mark.parametrize("name", ["Qwen3-VL", "Qwen2.5-VL", "GLM-4V", "Kimi-K2.5", "InternVL"])
+def test_every_kernel_of_a_tower_is_held_to_its_definition(name: str, without_gpu: Callable[[str], None]) -> None:
+    rows = kernel_rows(name, [[1, 4, 6]], False)
+    expected = steps.kinds(build_plan(steps.one_of_each(tiny_spec(name)))).keys() - {"unfold"}
+    assert rows.keys() == expected
+    assert all(row["fused_vit"]["us"] == 10.0 for row in rows.values())
+    linears = [row["cublas"] for row in rows.values() if "cublas" in row]
+    assert len(linears) >= 4 and all("us" in peer and 0 < peer["error"] <= peer["allowed"] for peer in linears)
+    assert "us" in rows["block.attention"]["sdpa_flash"]
+    assert "missing" in rows["block.attention"]["varlen"], "there is none on a CPU"
+    assert kernels.rich_table(list(rows.values())).row_count == len(rows)
+
+
+def test_batches_time_attention_alone(without_gpu: Callable[[str], None]) -> None:
+    rows = kernel_rows("Qwen3-VL", [[1, 4, 4]] * 3, True)
+    assert list(rows) == ["block.attention"] and rows["block.attention"]["segments"] == 3
+
+
+def test_a_wrong_kernel_has_no_speed(without_gpu: Callable[[str], None]) -> None:
+    without_gpu("block.0.proj")
+    rows = kernel_rows("Qwen3-VL", [[1, 4, 6]], False)
+    wrong = rows.pop("block.proj")["fused_vit"]
+    assert "us" not in wrong and wrong["error"] > 0.05
+    assert all("us" in row["fused_vit"] for row in rows.values()), "each step is judged by its own inputs"
+    with pytest.raises(timing.BenchError, match=r"block\.0\.qkv is wrong"):
+        without_gpu("block.0.qkv")
+        kernel_rows("Qwen3-VL", [[1, 4, 4]] * 2, True)
+
+
+def test_a_wrong_peer_has_no_speed_and_a_broken_one_a_reason() -> None:
+    operands = [torch.randn(8, 8).bfloat16() for _ in range(2)]
+    truth = operands[0].float() @ operands[1].float()
+
+    def broken(*_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no  kernel\nfor this")
+
+    assert "us" in kernels.beside(torch.mm, operands, truth, lambda: {"us": 1.0})
+    assert "us" not in kernels.beside(torch.add, operands, truth, lambda: {"us": 1.0})
+    assert kernels.beside(broken, operands, truth, lambda: {"us": 1.0}) == {"missing": "no kernel for this"}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=[family.name for family in FAMILIES])
+def test_every_family_has_kernels_to_measure(family: Any) -> None:
+    spec = kernels.tower(family.name)
+    sizes = [sum(t * h * w for t, h, w in grids) for grids, _ in kernels.cases(spec, kernels.ROWS)]
+    assert sizes == [*kernels.ROWS, 8 * 784, 16 * 784] and spec.width >= 512
+
+
+def test_the_steps_of_a_whole_tower_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = tiny_spec()
+    plan, weights = build_plan(spec), steps.random_weights(spec, torch.float32, torch.device("cpu"))
+    ran: list[str] = []
+
+    def graph_us(launches: Sequence[Callable[[], None]], **_: Any) -> float:
+        before = len(ran)
+        for launch in launches:
+            launch()
+        return float(len(ran) - before)
+
+    monkeypatch.setattr(steps.Loaded, "run", lambda _: None)
+    monkeypatch.setattr(steps.Loaded, "launch", lambda _, step: ran.append(step.name))
+    monkeypatch.setattr(steps, "graph_us", graph_us)
+    loaded = steps.load(plan, weights, GRIDS, Bucket(256, 16), 64)
+    assert steps.times(loaded) == {name: len(group) for name, group in steps.kinds(plan).items()}
+    assert sorted(ran) == sorted(step.name for step in plan.steps), "every block's own weights"
+    ran.clear()
+    steps.without_attention_us(loaded)
+    assert ran == [step.name for step in plan.steps if step.op != "attention"]
+
+
+def test_copies_of_a_launch_share_no_operand_but_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = kernels.Bench(tiny_spec(), torch.bfloat16, torch.device("cpu"), ROOF)
+    loaded, seen = bench.load([[1, 4, 6]]), []
+    monkeypatch.setattr(kernels, "launch_step", lambda step, weights, buffers, tile: seen.append((weights, buffers)))
+    step = next(step for step in bench.plan.steps if step.name == "block.0.proj")
+    for launch in kernels.rotated(step, loaded, 3):
+        launch()
+    for name in ("x", "sums", "context"):
+        assert len({buffers[name].data_ptr() for _, buffers in seen} | {loaded.buffers[name].data_ptr()}) == 4
+    assert len({weights["block.0.proj.weight"].data_ptr() for weights, _ in seen}) == 3
+    assert len({buffers["table"].data_ptr() for _, buffers in seen}) == 1
+
+
+# --- the encoder ---
+
+
+class Replays(dict[Bucket, Any]):
+    """Graphs of every bucket, that replay nothing."""
+
+    def __missing__(self, bucket: Bucket) -> Any:
+        return SimpleNamespace(replay=lambda: None)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> encoder.Bench:
+    """A tiny tower in bf16 on the CPU, where only times are made up."""
+    tower = tiny_tower().requires_grad_(False)
+    vit = fused_vit.FusedViT.from_module(tower, device="cpu", dtype=torch.bfloat16, max_tokens=1024)
+    monkeypatch.setattr(vit, "_graphs", Replays())
+    monkeypatch.setattr(encoder, "wall_ms", lambda *_: {"median": 2.0, "p10": 1.0, "p90": 3.0})
+    monkeypatch.setattr(encoder, "device_ms", lambda *_: 1.0)
+    monkeypatch.setattr(encoder, "host_us", lambda *_: 5.0)
+    monkeypatch.setattr(peers, "Captured", lambda assembly, _: assembly)
+    return encoder.Bench(vit, peers.Peers(tower), list(PEERS), ROOF)
+
+
+def test_a_case_has_every_engine_with_its_error_or_a_reason(bench: encoder.Bench) -> None:
+    row = encoder.measure(bench, GRIDS)
+    assert row["tokens"] == 172 and row["images"] == 3 and row["segments"] == 5 and row["floor_ms"] > 0
+    ours = row["fused_vit"]
+    assert ours["bitwise"] is True and (ours["rows_asked"], ours["rows_run"]) == (172, 256)
+    assert ours["wall_ms"]["median"] == 2.0 and {"eager_ms", "replay_ms", "host_us"} <= ours.keys()
+    for name in ("hf_sdpa", "hf_sdpa_linear", "assembly"):
+        assert 1e-4 < row[name]["error"] <= row["allowed"] and row[name]["wall_ms"]["median"] == 2.0, name
+    assert "vllm" in row["vllm"]["missing"] and row["hf_compiled"] == {"missing": "the time for compiling is spent"}
+    assert "ModuleNotFoundError" in bench.peers.reasons["vllm"]
+    json.dumps(row, allow_nan=False)
+
+
+def test_a_wrong_encoder_has_no_speed(bench: encoder.Bench) -> None:
+    bench.vit.weights["block.1.fc1.bias"].add_(1)
+    ours = encoder.measure(bench, GRIDS)["fused_vit"]
+    assert "wall_ms" not in ours and "eager_ms" not in ours and ours["error"] > ours["allowed"]
+    assert "wrong" in encoder.cell(ours)
+
+
+def test_an_encoder_that_gives_other_bits_is_wrong(bench: encoder.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = fused_vit.FusedViT.__call__, []
+
+    def unsteady(self: Any, *args: Any) -> Any:
+        calls.append(1)
+        result = real(self, *args)
+        result.deepstack_features[-1][-1, -1] += 1e-2 * (len(calls) == 3)
+        return result
+
+    monkeypatch.setattr(fused_vit.FusedViT, "__call__", unsteady)
+    ours = encoder.measure(bench, GRIDS)["fused_vit"]
+    assert ours["bitwise"] is False and "wall_ms" not in ours and ours["error"] <= ours["allowed"]
+
+
+def test_a_peer_that_is_wrong_or_fails_has_no_speed(bench: encoder.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "Captured", lambda assembly, _: lambda x: [1.5 * t for t in assembly(x)])
+    row = encoder.measure(bench, GRIDS)
+    assert "wall_ms" not in row["assembly"] and row["assembly"]["error"] == pytest.approx(0.5, rel=0.1)
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(peers, "Captured", fails)
+    for _ in range(2):
+        assert encoder.measure(bench, GRIDS)["assembly"] == {"missing": "RuntimeError: out of luck"}
+
+
+@pytest.mark.parametrize(("part", "ok"), [(600.0, True), (630.0, False)])
+def test_cost_follows_tokens(bench: encoder.Bench, monkeypatch: pytest.MonkeyPatch, part: float, ok: bool) -> None:
+    seen: list[steps.Loaded] = []
+
+    def us(loaded: steps.Loaded) -> float:
+        seen.append(loaded)
+        return part if len(seen) == 1 else 1000.0
+
+    monkeypatch.setattr(encoder, "without_attention_us", us)
+    found = encoder.cost_follows(bench, 1024)
+    assert found["ok"] is ok and found["ratio"] == pytest.approx(part / 1000) and 0.55 <= found["share"] <= 0.56
+    assert [len(loaded.buffers["x"]) for loaded in seen] == [1024, 1024], "one bucket for both"
+    assert [loaded.pack[0].rows for loaded in seen] == [found["part"]["rows"], 1024]
+
+
+# --- the report ---
+
+
+@pytest.fixture
+def measured(bench: encoder.Bench) -> dict[str, Any]:
+    """A result of today's shape: of three cases, in the last of which ours is wrong."""
+    names = ("224²", "448²", "8 x 448²")
+    cases = {name: encoder.measure(bench, [[1, 8, 4 * (i + 1)]]) for i, name in enumerate(names)}
+    for key in ("wall_ms", "eager_ms", "replay_ms", "host_us"):
+        cases["8 x 448²"]["fused_vit"].pop(key)
+    environment = {"device": "a GPU", "torch": "2", "triton": "3"}
+    follows = {"full": {"rows": 8192}, "share": 0.55, "ratio": 0.58}
+    return {"what": "a tower", "environment": environment, "ceilings": ROOF, "cases": cases,
+            "cost_follows_tokens": follows}  # fmt: skip
+
+
+def test_the_readme_is_not_stale() -> None:
+    text, found = (ROOT / "README.md").read_text(), json.loads((ROOT / report.RESULT).read_text())
+    assert report.written(text, found) == text, "run python -m bench.report"
+    assert f"]({report.PLOT})" in text
+    svg = (ROOT / report.PLOT).read_text()
+    assert all(f">{label}<" in svg for label in report.lines(found))
+
+
+def test_a_report_has_every_engine_that_ran_and_no_other(measured: dict[str, Any]) -> None:
+    assert report.engines(measured) == ["fused_vit", "hf_sdpa", "hf_sdpa_linear", "assembly"]
+    text = report.written(f"a\n{report.START}\nold\n{report.END}\nz", measured)
+    assert text.startswith("a\n") and text.endswith("\nz") and "old" not in text
+    head = next(line for line in text.splitlines() if line.startswith("| input"))
+    assert "exact-fit graph" in head and "vLLM" not in head
+    rows = [line for line in text.splitlines() if line.startswith("| 8 x 448²")]
+    assert "wrong" in rows[0] and rows[0].count("|") == head.count("|") and "1.0x" not in rows[0]
+    assert "| 2.00 | 5 | yes |" in text and "takes 0.58 of its full time" in text
+
+
+def test_an_older_result_has_fewer_columns(measured: dict[str, Any]) -> None:
+    del measured["cost_follows_tokens"]
+    for row in measured["cases"].values():
+        del row["assembly"], row["vllm"], row["hf_compiled"], row["segments"]
+        for key in ("eager_ms", "bitwise", "rows_asked", "rows_run"):
+            row["fused_vit"].pop(key, None)
+    text = report.written(f"{report.START}{report.END}", measured)
+    assert "exact-fit" not in text and "same bits" not in text and "full time" not in text
+    assert "| 224² | 32 / 256 | 1.00 | 2.00 | 5 |" in text
+
+
+def test_the_plot_has_a_line_for_each_engine_over_single_images(measured: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = report.lines(measured)
+    assert list(found) == ["floor", "fused_vit", *(PEERS[n] for n in ("hf_sdpa", "hf_sdpa_linear", "assembly"))]
+    assert [n for n, _ in found["fused_vit"]] == [32, 64], "a batch lies on no line"
+    for name in ("a.svg", "b.svg"):
+        report.plot(measured, tmp_path / name)
+    svg = (tmp_path / "a.svg").read_text()
+    assert svg == (tmp_path / "b.svg").read_text() and all(f">{label}<" in svg for label in found)
+
+
+def test_clips_and_batches_are_no_single_images() -> None:
+    assert [name for name in CASES if not report.single(name)] == ["8 x 448²", "mixed 8", "video 16 x 448²"]
+
+
+def test_tables_name_every_case(measured: dict[str, Any]) -> None:
+    assert encoder.whole_table(measured["cases"]).row_count == 3
+    assert encoder.peers_table(measured["cases"], list(PEERS)).row_count == 3
+    rows = [{"step": "x", "launches": 2, "us": 3.0, "tflops": 1.0, "tbs": 1.0, "floor_us": 1.0, "ratio": 3.0}]
+    assert encoder.steps_table("case", {"sum_ms": 1.0, "steps": [rows[0] | {"of_tower": 1.0}]}).row_count == 1
+
+
+def test_tuning_shows_the_fastest_right_candidates() -> None:
+    results = [{"case": "qkv", "config": {"m": i}, "error": 1e-3, "us": 10.0 - i} for i in range(6)]
+    results.append({"case": "qkv", "config": {"m": 9}, "error": 1.0})
+    table = tune.best(results, most=2)
+    assert list(table.columns[1].cells) == ["5.0", "6.0"] and list(table.columns[3].cells) == ["m=5", "m=4"]
+
+
+# --- the command line ---
+
+
+def run(*args: str) -> Any:
+    from fused_vit.cli import app
+
+    return CliRunner().invoke(app, ["bench", *args])
+
+
+def test_the_command_line_lists_the_benchmarks() -> None:
+    result = run("--help")
+    assert result.exit_code == 0 and all(name in result.output for name in ("encoder", "kernels", "tune"))
+
+
+@pytest.mark.parametrize("name", ["encoder", "kernels", "tune"])
+def test_a_benchmark_has_its_own_options_and_needs_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run(name, "--help")
+    assert result.exit_code == 0 and f"fused-vit bench {name}" in result.output and "--out" in result.output
+    result = run(name)
+    assert result.exit_code == 1 and result.stderr.startswith("error: ") and "NVIDIA GPU" in result.stderr
+    assert result.stderr.count("\n") == 1
+    with pytest.raises(SystemExit, match=r"error: .*NVIDIA GPU"):
+        timing.script(lambda: importlib.import_module(f"bench.{name}").main([]))
+
+
+def test_outside_a_checkout_it_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_vit import cli
+
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "fused_vit" / "cli.py"))
+    result = run("encoder")
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1 and "checkout of its source" in result.stderr
