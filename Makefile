@@ -13,11 +13,12 @@ STAMP := $(VENV)/.fused-vit
 OLDER := build/transformers-4.57
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench wheel clean
+.PHONY: help demo test mutants check bench wheel clean
 
 help:
 	@echo "make demo    encode a photograph, compare with Hugging Face, write out/demo/pca.png"
 	@echo "make test    every test this machine can run"
+	@echo "make mutants every seeded bug against the test that must catch it; make test tries a third"
 	@echo "make check   ruff, format, mypy --strict, import directions"
 	@echo "make bench   measure on this machine's GPU, write bench/results/"
 	@echo "make wheel   dist/*.whl"
@@ -29,6 +30,9 @@ demo: $(STAMP)
 test: $(STAMP) $(OLDER)/.done
 	$(BIN)/python -m pytest -q tests
 	PYTHONPATH=$(OLDER):. $(BIN)/python -m pytest -q tests/adapters
+
+mutants: $(STAMP)
+	MUTANTS=all $(BIN)/python -m pytest -q tests/mutants
 
 check: $(STAMP)
 	$(BIN)/ruff check .

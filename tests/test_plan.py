@@ -12,7 +12,8 @@ from fused_vit.packing import Item
 from fused_vit.plan import build_plan, cost
 from fused_vit.spec import TowerSpec
 from fused_vit.towers import parse_config
-from fused_vit.workspace import _lifetimes, place, shapes
+from fused_vit.workspace import place, shapes
+from tests.kernels import resources
 
 UNFOLD = "merge=2 raster=False class_token=False window=0 side=6 align_corners=True taps=4"
 PLAIN = "gated=False limit=None"
@@ -78,22 +79,26 @@ def test_costs_are_the_towers_arithmetic() -> None:
 
 
 @pytest.mark.parametrize("tokens", [4, 100, 256, 8160])
-def test_buffers_that_live_together_do_not_overlap(tokens: int) -> None:
-    plan, bucket = build_plan(spec_of()), Bucket(tokens, 16)
+@pytest.mark.parametrize("tower", resources.TOWERS)
+def test_no_step_overwrites_what_a_later_one_reads(tower: str, tokens: int) -> None:
+    """Steps played through over the slab's bytes: what a step reads, and every output at the end, is still whole."""
+    fields = resources.TOWERS[tower]
+    plan, bucket = build_plan(parse_config(fields, projector="text_config" in fields)), Bucket(tokens, 16)
     offsets, total = place(plan, bucket, 2, 64)
-    spans = _lifetimes(plan)
     bytes_of = {"float32": 4, "int32": 4, "model": 2}
-    sizes = {b.name: bytes_of[b.dtype] for b in plan.buffers}
-    for name, shape in shapes(plan, bucket, 64).items():
-        for n in shape:
-            sizes[name] *= n
-    names = list(offsets)
-    for i, a in enumerate(names):
-        assert offsets[a] % 256 == 0 and offsets[a] + sizes[a] <= total
-        for b in names[:i]:
-            together = spans[a][0] <= spans[b][1] and spans[b][0] <= spans[a][1]
-            apart = offsets[a] + sizes[a] <= offsets[b] or offsets[b] + sizes[b] <= offsets[a]
-            assert apart or not together, (a, b)
+    shape = shapes(plan, bucket, 64)
+    sizes = {b.name: bytes_of[b.dtype] * math.prod(shape[b.name]) for b in plan.buffers}
+    assert all(offsets[name] % 256 == 0 and offsets[name] + sizes[name] <= total for name in sizes)
+    whole = {"table", "pixels"}  # what a call fills
+    for step in plan.steps:
+        needed = {name for name in step.reads if name} | {"table"}
+        assert needed <= whole, f"{step.name} reads {needed - whole}, which others have overwritten"
+        for name in filter(None, step.writes):
+            begin, end = offsets[name], offsets[name] + sizes[name]
+            whole -= {other for other in whole if offsets[other] < end and begin < offsets[other] + sizes[other]}
+            whole.add(name)
+        assert needed <= whole, f"{step.name} overwrites what it reads"
+    assert {name for name in plan.outputs if name} <= whole
 
 
 def test_the_slab_is_smaller_than_its_buffers() -> None:

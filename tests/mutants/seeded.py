@@ -1,0 +1,103 @@
+"""Seeded bugs, each with the test that must catch it. `make mutants` tries them all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """In `file`, `old` (which stands there once) becomes `new`; then `test`, which passed, fails."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+    interpreted: bool = False  # the test runs kernels in Triton's interpreter
+
+
+PACKING, PLAN, FOLD = "tests/test_packing.py", "tests/test_plan.py", "tests/weights/test_fold_pack.py"
+ENCODER, DEFINE = "tests/test_encoder.py", "tests/test_define.py"
+CHECKPOINT, KERNELS = "tests/weights/test_checkpoint.py", "tests/kernels/interpreted.py"
+
+MUTANTS = (
+    # --- the host: packing, plan, workspace, buckets ---
+    Mutant("one row too many", "fused_vit/packing.py", "return [row, merged,", "return [row + 1, merged,",
+           f"{PACKING}::test_the_table_adds_up"),
+    Mutant("packs overflow segments", "fused_vit/packing.py", "(largest.segments - segments) // parts, left)", "left)",
+           f"{PACKING}::test_packs_hold_every_frame_once_in_order_and_fit"),
+    Mutant("a segment off by one tile", "fused_vit/packing.py", "-(-ranked.segment_rows // tile)",
+           "ranked.segment_rows // tile", f"{PACKING}::test_the_table_adds_up"),
+    Mutant("the shortest segments first", "fused_vit/packing.py", "-pack[i].segment_rows)", "pack[i].segment_rows)",
+           f"{PACKING}::test_the_table_adds_up"),
+    Mutant("windows counted once a clip", "fused_vit/packing.py", "window += item.t * item.windows",
+           "window += item.windows", f"{PACKING}::test_the_table_adds_up"),
+    Mutant("a buffer dies while it is read", "fused_vit/workspace.py", "max(i, spans.get(name, (i, i))[1])", "i - 1",
+           f"{PLAN}::test_no_step_overwrites_what_a_later_one_reads"),
+    Mutant("outputs overwritten", "fused_vit/workspace.py", "(spans[name][0], len(plan.steps)) for", "spans[name] for",
+           f"{PLAN}::test_no_step_overwrites_what_a_later_one_reads"),
+    Mutant("a bucket that is too small", "fused_vit/buckets.py", "tokens <= self.tokens and", "",
+           f"{ENCODER}::test_ladders_and_choices"),
+    Mutant("half the FLOPs", "fused_vit/plan.py", "Cost(2.0 * m * n * k,", "Cost(m * n * k,",
+           f"{PLAN}::test_costs_are_the_towers_arithmetic"),
+    Mutant("deepstack features in the order of the list", "fused_vit/plan.py", "spec.deepstack.index(i)",
+           "len(deepstack)",
+           f"{DEFINE}::test_the_definition_is_transformers_tower"),
+    Mutant("frames see each other", "fused_vit/packing.py", "t if clip else 1", "t",
+           f"{DEFINE}::test_video_frames_are_images"),
+    # --- calls ---
+    Mutant("odd sides pass", "fused_vit/packing.py", "if h % m or w % m:", "if h % m:",
+           f"{ENCODER}::test_a_bad_call_is_one_clear_value_error_and_costs_nothing"),
+    Mutant("too few pixels pass", "fused_vit/packing.py", "if total != rows:", "if total < rows:",
+           f"{ENCODER}::test_a_bad_call_is_one_clear_value_error_and_costs_nothing"),
+    Mutant("a closed encoder runs", "fused_vit/encoder.py", "if not self.weights:", "if self.weights is None:",
+           f"{ENCODER}::test_stats_count_and_a_closed_encoder_says_so"),
+    # --- weights ---
+    Mutant("the norm's bias skipped", "weights/fold.py", "shift + weight @ beta", "shift",
+           f"{FOLD}::test_layer_norm_folds_into_the_next_matmul"),
+    Mutant("column sums over all groups", "weights/fold.py", "wide.view(len(wide), groups, -1).sum(-1)",
+           "wide.view(len(wide), 1, -1).sum(-1)", f"{FOLD}::test_column_sums_per_group"),
+    Mutant("a softmax of base 2", "weights/fold.py", "* math.log2(math.e)", "",
+           f"{FOLD}::test_softmax_scale_turns_exp2_into_softmax"),
+    Mutant("pairs that are no pairs", "weights/fold.py", '"(head pair j) ... -> (head j pair) ..."',
+           '"(head pair j) ... -> (head pair j) ..."', f"{FOLD}::test_rotation_pairs_become_neighbours"),
+    Mutant("rows turn as columns do", "weights/fold.py", "[torch.cat([frequency, none]), torch.cat([none, frequency])]",
+           "[torch.cat([none, frequency]), torch.cat([frequency, none])]",
+           f"{DEFINE}::test_the_definition_is_transformers_tower"),
+    Mutant("links may lead out", "weights/checkpoint.py", "if not path.resolve().is_relative_to(root):", "if False:",
+           f"{CHECKPOINT}::test_links_out_of_the_folder_are_refused"),
+    Mutant("an index may climb", "weights/checkpoint.py", r'r"\w[\w.-]*\.safetensors"', r'r".*\.safetensors"',
+           f"{CHECKPOINT}::test_shard_names_that_are_no_plain_files"),
+    Mutant("shapes unchecked", "weights/checkpoint.py", "if shape != tuple(expected[key])", "if not shape",
+           f"{CHECKPOINT}::test_all_misfits_in_one_error_before_any_data"),
+    # --- kernels ---
+    Mutant("no mask on keys", "kernels/attention.py", "scores = tl.where(mask_n[None, :], scores, float(\"-inf\"))",
+           "scores = scores", f"{KERNELS}::test_attention", interpreted=True),
+    Mutant("a neighbour's values", "kernels/attention.py",
+           "v = tl.load(v_ptr + at[:, None] + offs_a[None, :], mask=mask_n",
+           "v = tl.load(v_ptr + at[:, None] + offs_a[None, :], mask=(offs_n < (1 << 30))",
+           f"{KERNELS}::test_a_nan_segment_leaves_its_neighbours_alone", interpreted=True),
+    Mutant("sums not decayed", "kernels/attention.py", "total = total * decay + tl.sum(p, 1)",
+           "total = total + tl.sum(p, 1)",
+           f"{KERNELS}::test_attention", interpreted=True),
+    Mutant("the patch's bias skipped", "kernels/patch_embed.py", "    x += tl.load(bias_ptr + column)[None, :]\n", "",
+           f"{KERNELS}::test_patch_embed", interpreted=True),
+    Mutant("a class token has pixels", "kernels/patch_embed.py", "tl.where(pixel[:, None] < 0, 0.0, x)", "x",
+           f"{KERNELS}::test_patch_embed", interpreted=True),
+    Mutant("a residual dropped", "kernels/residual.py",
+           "[None, :] + tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)",
+           "[None, :]", f"{KERNELS}::test_residual_in_place", interpreted=True),
+    Mutant("a row past the count", "kernels/device.py", "mask = mask_m[:, None] & (parts < PARTS)[None, :]",
+           "mask = (parts < PARTS)[None, :]", f"{KERNELS}::test_residual_in_place", interpreted=True),
+    Mutant("turned the other way", "kernels/qkv.py", "tl.fma(odd, cos, even * sin)", "tl.fma(odd, cos, -(even * sin))",
+           f"{KERNELS}::test_qkv", interpreted=True),
+    Mutant("quarter turns swapped", "kernels/device.py", "odd = n % 2 != 0", "odd = n % 2 == 0",
+           f"{KERNELS}::test_qkv", interpreted=True),
+    Mutant("a clip's frames summed", "kernels/pool.py", "(total / frames)", "total",
+           f"{KERNELS}::test_pool", interpreted=True),
+    Mutant("a norm that is not centred", "kernels/norm.py", "y - (tl.sum(y, 1) / N)[:, None]", "y",
+           f"{KERNELS}::test_norm", interpreted=True),
+    Mutant("windows in rows", "kernels/unfold.py", "within -= column * high * SPAN", "within -= column * wide * SPAN",
+           f"{KERNELS}::test_unfold", interpreted=True),
+)  # fmt: skip
