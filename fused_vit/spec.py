@@ -11,6 +11,8 @@ from typing import Literal
 
 from .errors import SpecError
 
+DEEPEST = 1024  # blocks; published towers have at most 63
+
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
@@ -156,9 +158,12 @@ class TowerSpec:
             ("patch size", self.patch.size), ("temporal patch size", self.patch.temporal),
             ("channels", self.patch.channels), ("mlp width", self.mlp.width), ("merge size", self.merge),
             ("out width", getattr(self.merger, "out", 1)),
+            ("side of the position table", self.position.side if self.position else 1),
         ):  # fmt: skip
             if value <= 0:
                 raise SpecError(f"{name} is {value}; expected a positive integer")
+        if self.depth > DEEPEST:  # a config alone must not cost memory or time
+            raise SpecError(f"depth is {self.depth}; supported: up to {DEEPEST} blocks")
         att = self.attention
         if att.heads % att.kv_heads:
             raise SpecError(f"kv_heads is {att.kv_heads}; expected a divisor of heads ({att.heads})")

@@ -90,13 +90,15 @@ def parse_config(config: Config, *, projector: bool = False) -> TowerSpec:
 
 # --- reading a vision config --------------------------------------------------
 
+LARGEST = 1 << 24  # of any number in a config: far above every tower, and products of a few stay exact floats
+
 
 def _integer(config: Config, field: str, default: int | None = None) -> int:
     value = config.get(field, default)
-    if isinstance(value, (list, tuple)) and len(set(value)) == 1:  # transformers 5 allows patch_size: [16, 16]
-        value = value[0]
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise SpecError(f"vision_config.{field} is {value!r}; expected a positive integer")
+    if isinstance(value, (list, tuple)) and value and all(v == value[0] for v in value):
+        value = value[0]  # transformers 5 allows patch_size: [16, 16]
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST:
+        raise SpecError(f"vision_config.{field} is {value!r}; expected a positive integer up to {LARGEST}")
     return value
 
 
@@ -107,8 +109,8 @@ def _first(config: Config, *fields: str) -> str:
 
 def _number(config: Config, field: str, default: float) -> float:
     value = config.get(field, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise SpecError(f"vision_config.{field} is {value!r}; expected a positive number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST:
+        raise SpecError(f"vision_config.{field} is {value!r}; expected a positive number up to {LARGEST}")
     return float(value)
 
 
@@ -140,17 +142,19 @@ ACTIVATIONS: Mapping[str, Any] = {
 
 def _activation(config: Config, default: str) -> Any:
     value = config.get("hidden_act", default)
-    if value not in ACTIVATIONS:
+    if not isinstance(value, str) or value not in ACTIVATIONS:
         raise SpecError(f"vision_config.hidden_act is {value!r}; supported: {', '.join(sorted(ACTIVATIONS))}")
     return ACTIVATIONS[value]
 
 
 def _theta(config: Config) -> float:
     rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise SpecError(f"vision_config.rope_parameters is {rope!r}; expected an object")
     kind, theta = rope.get("rope_type", "axial"), rope.get("rope_theta", 10000.0)
     if kind not in ("axial", "default"):
         raise SpecError(f"vision_config.rope_parameters.rope_type is {kind!r}; supported: axial, default")
-    if not isinstance(theta, (int, float)) or theta <= 1:
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 1 < theta < 1e30:
         raise SpecError(f"vision_config.rope_parameters.rope_theta is {theta!r}; expected a number above 1")
     return float(theta)
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +27,8 @@ from fused_vit.errors import CheckpointError
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 LISTED = 20  # names an error spells out per list
+LONGEST = 200  # characters of a name or a cause that an error spells out
+LARGEST_JSON = 16 * 2**20  # bytes of a config, an index or a header; published ones have at most a few
 PICKLE = "Pickle files are never loaded: save the model as safetensors with transformers' `save_pretrained`."
 
 
@@ -88,7 +92,7 @@ class Checkpoint:
         """
         path = Path(source).expanduser()
         home: _Folder | _Hub
-        if path.exists():
+        if os.path.exists(path):  # unlike Path.exists, False for a name too long or a folder closed to us
             home = _Folder(path if path.is_dir() else path.parent)
         elif isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
             home = _Hub(source, revision)
@@ -96,7 +100,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{source}: no such folder or file; expected one, or a hub id as 'owner/name' (a str)"
             )
-        if path.exists() and revision is not None:
+        if isinstance(home, _Folder) and revision is not None:
             raise CheckpointError(
                 f"{source} is local, but revision is {revision!r}; it is for hub ids only: leave it out"
             )
@@ -152,8 +156,20 @@ class Checkpoint:
         }
         if any(problems.values()):
             raise CheckpointError(_mismatch(self.source, prefix, problems))
+        self._check_once(prefix, expected, shards)
         infos = {key: TensorInfo(file, DTYPES[dtype], shape) for key, (file, dtype, shape) in found.items()}
         return TowerTensors(prefix, infos, self._read)
+
+    def _check_once(self, prefix: str, expected: Mapping[str, tuple[int, ...]], shards: Sequence[str]) -> None:
+        """No tensor of the tower lies in two of its shards, where an index could pick either."""
+        holder: dict[str, str] = {}
+        for shard in shards:
+            for name in self._shards[shard][1].keys():
+                if name.removeprefix(prefix) in expected and holder.setdefault(name, shard) != shard:
+                    raise CheckpointError(
+                        f"{self.source}: {name} lies in {holder[name]} and in {shard}; expected it in one. "
+                        "Take all shards from one release."
+                    )
 
     def _prefix(self, prefixes: Sequence[str], expected: Mapping[str, tuple[int, ...]]) -> str:
         for prefix in prefixes:
@@ -171,10 +187,12 @@ class Checkpoint:
             if path is None:
                 return None
             try:
+                _check_header(path)
                 self._shards[name] = path, safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, ValueError, RecursionError) as error:
                 raise CheckpointError(
-                    f"{path}: no readable safetensors file ({error}). Download it again (a git clone: git lfs pull)."
+                    f"{path}: no readable safetensors file ({_cut(error)}). "
+                    "Download it again (a git clone: git lfs pull)."
                 ) from error
         return self._shards[name]
 
@@ -202,7 +220,7 @@ class _Folder:
 
     def get(self, name: str) -> Path | None:
         path, root = self.path / name, self.path.resolve()
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long
             return None
         # The hub's cache is made of links into itself: models--owner--name/snapshots/commit/x.json -> ../../blobs/...
         if len(root.parents) > 2 and root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):
@@ -214,7 +232,10 @@ class _Folder:
         return path
 
     def remedy(self) -> str:
-        names = sorted(path.name for path in self.path.iterdir())
+        try:
+            names = sorted(os.listdir(self.path))
+        except OSError as error:
+            return f"The folder cannot be listed ({error})."
         pickles = any(name.endswith((".bin", ".pt", ".pth")) for name in names)
         return f"The folder has {_list(names)}. {PICKLE if pickles else 'Download the missing files into it.'}"
 
@@ -253,18 +274,40 @@ class _Hub:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, once: bool = False) -> dict[str, Any]:
+    """once: a key may not come twice, where the last would hide the others."""
     try:
-        value = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            raw = file.read(LARGEST_JSON + 1)
+        if len(raw) > LARGEST_JSON:
+            raise ValueError(f"more than {LARGEST_JSON} bytes")
+        value = json.loads(raw, object_pairs_hook=_once if once else None)
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}). Download it again.") from error
+        raise CheckpointError(f"{path}: not JSON ({_cut(error)}). Download it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}; expected an object")
     return value
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {_cut(repr(twice))} twice")
+    return found
+
+
+def _check_header(path: Path) -> None:
+    """What safetensors lets pass: headers that cost gigabytes to parse, and keys that come twice."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > LARGEST_JSON:
+            raise ValueError(f"a header of {size} bytes, at most {LARGEST_JSON} are read")
+        json.loads(file.read(size), object_pairs_hook=_once)
+
+
 def _read_index(path: Path) -> dict[str, str]:
-    files = _read_json(path).get("weight_map")
+    files = _read_json(path, once=True).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"{path}: no weight_map; expected an object of tensor name -> file name")
     # A name of these characters alone is no path: it can neither climb out of the folder nor be absolute.
@@ -296,4 +339,9 @@ def _mismatch(source: str, prefix: str, problems: Mapping[str, list[str]]) -> st
 
 def _list(names: Sequence[str], listed: int = LISTED) -> str:
     more = f" and {len(names) - listed} more" if len(names) > listed else ""
-    return (", ".join(names[:listed]) or "nothing") + more
+    return (", ".join(map(_cut, names[:listed])) or "nothing") + more
+
+
+def _cut(text: object) -> str:
+    whole = str(text)
+    return whole if len(whole) <= LONGEST else f"{whole[:LONGEST]}..."
