@@ -132,6 +132,7 @@ class Captured:
 
     def __init__(self, assembly: Assembly, pixels: torch.Tensor) -> None:
         self.pixels = pixels.clone()
+        self.assembly = assembly  # the graph reads what it computed of the grid
         for _ in range(2):
             assembly(self.pixels)  # libraries choose and allocate here, not in the capture
         torch.cuda.synchronize()

@@ -250,11 +250,14 @@ def hopper_matmul_kernel(
     column_side = gl.allocate_shared_memory(gl.float32, [SETS * (FIRST + REST) // 64 * 4, 64], flat)
     full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    # only where it is used: the compiler gives a dead barrier's bytes to something else, which PTX leaves undefined, and
+    # when a kernel is preempted half way for another process the barrier comes back over that data
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()) if ALTERNATE else full
     ready = gl.allocate_shared_memory(gl.int64, [SETS, 1], mbarrier.MBarrierLayout())
     used = gl.allocate_shared_memory(gl.int64, [SETS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
+    if ALTERNATE:
+        for i in gl.static_range(2):
+            mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(SETS):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(used.index(i), count=SHARING)

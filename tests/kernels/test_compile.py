@@ -24,7 +24,8 @@ def test_resources_stay_within_the_table(arch: int) -> None:
         if target != arch:
             continue
         keys.add(key)
-        got, table = resources.resources(launch, arch), EXPECTED[key]
+        kernel = resources.compiled(launch, arch)
+        got, table = resources.resources(kernel, arch), EXPECTED[key]
         op = key.split()[3]
         for name in ("registers", "stack", "shared"):
             if got[name] > table[name]:
@@ -36,6 +37,8 @@ def test_resources_stay_within_the_table(arch: int) -> None:
             worse[key].append(f"shared memory {got['shared']} is more than the multiprocessor has")
         if op not in resources.PLAIN and not got["tensor_core"]:
             worse[key].append(f"no {resources.TENSOR_CORE[arch]} in the PTX")
+        if reused := resources.reused_barriers(kernel):
+            worse[key].append(f"data over the barriers at {sorted(reused)}")
     assert not worse, dict(worse)
     assert keys == {key for key in EXPECTED if key.startswith(f"sm_{arch} ")}, "run python -m tests.kernels.resources"
 
