@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from .workspace import Workspace
 logger = logging.getLogger("fused_vit")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Buckets = Iterable[Bucket | int | Sequence[int]]
+Packs = list[tuple[list[Item], torch.Tensor]]  # and the table of each, on the CPU
+GRIDS = 1024  # whose packs are kept
 
 
 def load(
@@ -52,7 +54,7 @@ def load(
     Args:
         device: default the current CUDA device, or the CPU where there is none.
         dtype: bfloat16, float16 or float32; default the checkpoint's own (float32 on a CPU).
-        buckets: sizes to capture, as tokens or (tokens, segments); default powers of two up to max_tokens.
+        buckets: sizes to capture, as tokens or (tokens, segments); default buckets.ladder(max_tokens).
         max_tokens: patches of the largest default bucket.
         revision: of a hub id.
         projector: run the model's own projector behind the tower too (Kimi-VL, Kimi-K2.5).
@@ -95,6 +97,21 @@ def _device(device: torch.device | str | None) -> torch.device:
 def _count(dim: Dim, pack: Sequence[Item]) -> int:
     """Rows of an output that a pack fills."""
     return sum(item.merged if dim == "merged" else item.rows for item in pack)
+
+
+def _packs(
+    spec: TowerSpec, largest: Bucket, tile: int | None, grid: tuple[tuple[int, ...], ...], rows: int
+) -> tuple[list[Item], Packs]:
+    """A checked grid and its packs; none where the definition runs it whole.
+
+    Images of a size ask the same again and again, which costs 60 us, 200 where the processor has gone cold. The tables
+    lie in pinned memory, which torch gives to nobody else before the copies from it are done.
+    """
+    all_items = items(spec, grid, rows)
+    if tile is None:
+        return all_items, []
+    packs = split(all_items, largest)
+    return all_items, [(p, torch.tensor(table(p, tile), dtype=torch.int32, pin_memory=True)) for p in packs]
 
 
 def _checked(dtype: torch.dtype) -> torch.dtype:
@@ -144,6 +161,8 @@ class FusedViT:
         self._replays: Counter[Bucket] = Counter()
         self._asked: Counter[Bucket] = Counter()  # rows
         self._warned = False
+        tile = self.tile if self.device.type == "cuda" else None
+        self._packs = lru_cache(GRIDS)(partial(_packs, spec, self.buckets[-1], tile))
 
     @classmethod
     def from_module(
@@ -247,11 +266,11 @@ class FusedViT:
             raise InputError("this encoder was closed; load it again")
         self._check_tensor(pixel_values)
         pixels, grid = flatten_call(self.spec, pixel_values, grid_thw)
-        all_items = items(self.spec, grid, pixels.shape[0])
+        all_items, packs = self._packs(tuple(map(tuple, grid)), pixels.shape[0])
         if self.device.type == "cpu":
             outputs = define(self._plan, self.weights, pixels.to(self.dtype), all_items)
         else:
-            outputs = self._run(pixels, all_items)
+            outputs = self._run(pixels, all_items, packs)
         self._counts.update(calls=1, images=len(all_items), rows=pixels.shape[0])
         deepstack = [t for t in outputs[2 : 2 + len(self.spec.deepstack)] if t is not None]
         hidden = outputs[-1] if self.spec.hidden_state else None
@@ -268,15 +287,15 @@ class FusedViT:
         if pixels.device != self.device:
             raise InputError(f"pixel_values is on {pixels.device}; the encoder is on {self.device}: move it there")
 
-    def _run(self, pixels: torch.Tensor, all_items: list[Item]) -> list[torch.Tensor | None]:
+    def _run(self, pixels: torch.Tensor, all_items: list[Item], packs: Packs) -> list[torch.Tensor | None]:
         """Every pack through its graph, its results into fresh tensors, which are made while the device works."""
         outputs: list[torch.Tensor | None] = []
         filled = [0] * len(self._outputs)
         with self._turn():
             begin = 0
-            for pack in split(all_items, self.buckets[-1]):
+            for pack, integers in packs:
                 count = sum(item.pixel_rows for item in pack)
-                buffers = self._run_pack(pixels[begin : begin + count], pack)
+                buffers = self._run_pack(pixels[begin : begin + count], pack, integers)
                 begin += count
                 outputs = outputs or [self._empty(buffer, all_items) for buffer in self._outputs]
                 for k, (buffer, output) in enumerate(zip(self._outputs, outputs, strict=True)):
@@ -292,28 +311,28 @@ class FusedViT:
         rows, rest = _count(buffer.shape[0], all_items), (int(dim) for dim in buffer.shape[1:])
         return torch.empty(rows, *rest, dtype=self.dtype, device=self.device)
 
-    def _run_pack(self, pixels: torch.Tensor, pack: list[Item]) -> Mapping[str, torch.Tensor]:
+    def _run_pack(self, pixels: torch.Tensor, pack: list[Item], integers: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """Run one pack through the graph of its bucket, or by plain launches where it is larger than any."""
         rows, segments = sum(item.rows for item in pack), sum(item.segments for item in pack)
         bucket = choose(self.buckets, rows, segments)
         if bucket is not None:
             graph = self._graph(bucket)
-            self._fill(graph.buffers, pixels, pack)
+            self._fill(graph.buffers, pixels, integers)
             graph.replay()
             self._replays[bucket] += 1
             self._asked[bucket] += rows
             self._counts["bucket_rows"] += bucket.tokens
             return graph.buffers
         buffers = self._grown(Bucket(rows, segments))
-        self._fill(buffers, pixels, pack)
+        self._fill(buffers, pixels, integers)
         launch(self._plan, self.weights, buffers, self.tile)
         self._counts["oversize_calls"] += 1
         self._counts["bucket_rows"] += rows
         return buffers
 
-    def _fill(self, buffers: Mapping[str, torch.Tensor], pixels: torch.Tensor, pack: list[Item]) -> None:
-        integers = torch.tensor(table(pack, self.tile), dtype=torch.int32)
-        buffers["table"][: len(integers)].copy_(integers, non_blocking=True)  # pageable: staged before the call returns
+    @staticmethod
+    def _fill(buffers: Mapping[str, torch.Tensor], pixels: torch.Tensor, integers: torch.Tensor) -> None:
+        buffers["table"][: len(integers)].copy_(integers, non_blocking=True)
         buffers["pixels"][: len(pixels), : pixels.shape[1]].copy_(pixels)
 
     def _graph(self, bucket: Bucket) -> BucketGraph:

@@ -88,7 +88,8 @@ def linear(
     """Launch over the rows of y that count[0] holds."""
     rows, (columns, depth) = y.shape[0], weight.shape
     op = "merger" if merge > 1 or activation == "gelu" else "gated" if gated else "linear"  # erf spills in wide tiles
-    hopper = hopper_config(op, rows, x.dtype, device_arch(x.device)) if groups <= 1 else None
+    arch, programs = device_arch(x.device), multiprocessors(x.device)
+    hopper = hopper_config(op, rows, columns, x.dtype, arch, programs) if groups <= 1 else None
     if hopper:
         from .hopper_epilogues import store_linear  # another triton may not have what it imports
         from .hopper_matmul import hopper_matmul
@@ -98,10 +99,10 @@ def linear(
             merged, weight, store_linear, (y, source), (activation, gated, limit, scatter, groups > 0),
             columns=(bias, colsum if groups else None, None, None),
             moments=(sums if groups else None, eps, merge, centred),
-            config=hopper, programs=multiprocessors(x.device), count=count,
+            config=hopper, programs=programs, count=count,
         )  # fmt: skip
         return
-    c = gemm_config(op, rows, x.dtype, device_arch(x.device))
+    c = gemm_config(op, rows, x.dtype, arch)
     per_group = depth // max(groups, 1)
     linear_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(columns, c.block_n),)](
         y, x, sums, source, weight, bias, colsum, count,

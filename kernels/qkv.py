@@ -88,7 +88,8 @@ def qkv(
 ) -> None:
     """Launch over the rows that count[0] holds. y is [heads, rows, stride]."""
     rows, (columns, width) = x.shape[0], weight.shape
-    hopper = hopper_config("qkv", rows, x.dtype, device_arch(x.device)) if gain is None else None
+    arch, programs = device_arch(x.device), multiprocessors(x.device)
+    hopper = hopper_config("qkv", rows, columns, x.dtype, arch, programs) if gain is None else None
     if hopper:
         from .hopper_epilogues import store_qkv  # another triton may not have what it imports
         from .hopper_matmul import hopper_matmul
@@ -96,10 +97,10 @@ def qkv(
         hopper_matmul(
             x, weight, store_qkv, (y, rows), (head_dim, y.shape[2], rotated * head_dim),
             columns=(bias, colsum, *(frequencies if frequencies is not None else (None, None))), places=places,
-            moments=(sums, eps, 1, centred), config=hopper, programs=multiprocessors(x.device), count=count,
+            moments=(sums, eps, 1, centred), config=hopper, programs=programs, count=count,
         )  # fmt: skip
         return
-    c = gemm_config("qkv", rows, x.dtype, device_arch(x.device))
+    c = gemm_config("qkv", rows, x.dtype, arch)
     qkv_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(columns, c.block_n),)](
         y, x, sums, places, weight, bias, colsum, gain, frequencies, count,
         columns, width, rows, eps, head_eps,

@@ -32,17 +32,18 @@ def residual(
 ) -> None:
     """Launch over the rows that count[0] holds. `out` may be `x`: a program reads and writes the same elements."""
     rows, (width, depth) = x.shape[0], weight.shape
-    hopper = hopper_config("residual", rows, x.dtype, device_arch(x.device))
+    arch, programs = device_arch(x.device), multiprocessors(x.device)
+    hopper = hopper_config("residual", rows, width, x.dtype, arch, programs)
     if hopper:
         from .hopper_epilogues import store_residual  # another triton may not have what it imports
         from .hopper_matmul import hopper_matmul
 
         hopper_matmul(
             a, weight, store_residual, (out, sums, x, rows), (sums.shape[1],), columns=(bias, None, None, None),
-            moments=(None, 0.0, 1, True), config=hopper, programs=multiprocessors(x.device), count=count,
+            moments=(None, 0.0, 1, True), config=hopper, programs=programs, count=count,
         )  # fmt: skip
         return
-    c = gemm_config("residual", rows, x.dtype, device_arch(x.device))
+    c = gemm_config("residual", rows, x.dtype, arch)
     residual_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(width, c.block_n),)](
         out, sums, x, a, weight, bias, count,
         width, depth, rows,

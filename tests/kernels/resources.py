@@ -237,7 +237,8 @@ def reused_barriers(kernel: Any) -> set[int]:
     barriers = re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]", ptx)
     stores = re.findall(r"st\.shared(?:\.v(\d))?\.b(\d+) \t\[(?:%r\d+|global_smem)\+(\d+)\]", ptx)
     plain = {int(at) + i for lanes, bits, at in stores for i in range(int(lanes or 1) * int(bits) // 8)}
-    return {offsets[barrier] for barrier in barriers} & plain
+    invalidated = re.findall(r"mbarrier\.inval\.shared::cta\.b64 \[(%r\d+)\]", ptx)
+    return {offsets[barrier] for barrier in set(barriers) - set(invalidated)} & plain
 
 
 def cases() -> Iterator[tuple[str, int, Launch]]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton
 
+from fused_vit.kernels import config
 from tests.kernels import resources
 
 EXPECTED: dict[str, dict[str, int]] = json.loads(resources.TABLE.read_text())
@@ -44,14 +45,20 @@ def test_resources_stay_within_the_table(arch: int) -> None:
 
 
 def test_without_gluon_hopper_runs_the_portable_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fused_vit.kernels import config
-
     assert config.attention_config(72, torch.bfloat16, 90).gluon == config.has_gluon()
-    assert (config.hopper_config("qkv", 4096, torch.bfloat16, 90) is not None) == config.has_gluon()
+    assert (config.hopper_config("qkv", 4096, 3456, torch.bfloat16, 90, 132) is not None) == config.has_gluon()
     monkeypatch.setattr(config, "has_gluon", lambda: False)
-    assert config.hopper_config("qkv", 4096, torch.bfloat16, 90) is None
+    assert config.hopper_config("qkv", 4096, 3456, torch.bfloat16, 90, 132) is None
     assert not any(config.attention_config(d, torch.float16, 90).gluon for d in (64, 72, 80, 88, 96, 128))
     assert not any(config.attention_config(72, torch.bfloat16, arch).gluon for arch in (80, 86, 89, 100, 120))
+
+
+@pytest.mark.skipif(not config.has_gluon(), reason="this triton has another Gluon")
+@pytest.mark.parametrize(("rows", "tile"), [(3072, 128), (4096, 192), (7168, 128), (8192, 192), (16384, 192)])
+def test_tiles_fill_the_last_round(rows: int, tile: int) -> None:
+    """The forms that were measured faster for fc2 of the 8B tower on 132 multiprocessors."""
+    chosen = config.hopper_config("residual", rows, 1152, torch.bfloat16, 90, 132)
+    assert chosen is not None and chosen.block_n == tile
 
 
 @pytest.mark.parametrize("tower", ["8B", "Qwen2.5-VL-7B", "GLM-4.1V", "Kimi-K2.5", "InternViT"])

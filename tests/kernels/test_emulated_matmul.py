@@ -152,7 +152,7 @@ BREAKS = {  # what a bug would make of a line of the matmul
     "short depth": ("steps = gl.cdiv(K, 64)", "steps = K // 64"),
     "vectors of the last tile": ("        mbarrier.arrive(used.index(OWN), count=1)\n", ""),
     "the other piece's columns": ("FIRST + REST) + piece * 64 + gl", "FIRST + REST) + gl"),
-    "columns for rows": ("places_ptr + capacity + offs", "places_ptr + offs"),
+    "columns for rows": ("(places_ptr, capacity + offs, capacity + rows)", "(places_ptr, offs, rows)"),
     "one piece twice": ("EPILOGUE(right, row, column + 64", "EPILOGUE(left, row, column + 64"),
 }  # fmt: skip
 EPILOGUE_BREAKS = {
