@@ -37,11 +37,13 @@ def read_grid(grid: Grid, columns: tuple[int, ...] = (3,)) -> list[list[int]]:
     if isinstance(grid, torch.Tensor):
         if grid.is_floating_point() or grid.is_complex() or grid.dtype == torch.bool:
             raise InputError(f"grid_thw is {grid.dtype}; expected integers")
+        if grid.is_nested or grid.layout != torch.strided or grid.is_meta:
+            raise InputError("grid_thw is nested, sparse or on meta; expected a dense tensor [images, 3] with values")
         shape, rows = tuple(grid.shape), grid
     else:
         try:
             rows = torch.tensor([list(row) for row in grid])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:  # torch says RuntimeError of None
             raise InputError(f"grid_thw is {grid!r}; expected [images, 3] integers (t, h, w)") from error
         shape = tuple(rows.shape)
         if rows.is_floating_point() and rows.numel():

@@ -282,6 +282,9 @@ class FusedViT:
         if not isinstance(pixels, torch.Tensor):
             features = self.spec.patch.features
             raise InputError(f"pixel_values is {type(pixels).__name__}; expected a tensor [patches, {features}]")
+        if pixels.is_nested or pixels.layout != torch.strided:
+            kind = "a nested tensor" if pixels.is_nested else str(pixels.layout)
+            raise InputError(f"pixel_values is {kind}; expected a dense tensor [patches, {self.spec.patch.features}]")
         if not pixels.is_floating_point():
             raise InputError(f"pixel_values is {pixels.dtype}; expected floating point, normalised by the processor")
         if pixels.device != self.device:
