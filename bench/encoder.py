@@ -25,6 +25,7 @@ from bench.timing import (
     ceilings,
     device_ms,
     environment,
+    floor_us,
     host_us,
     judged,
     require_gpu,
@@ -96,7 +97,7 @@ def measure(bench: Bench, grids: Grids) -> dict[str, Any]:
     vit, pixels = bench.vit, bench.pixels(grids)
     pack = items(vit.spec, grids, len(pixels))
     flops = sum(step.flops for step in cost(vit.plan(), pack).values())
-    floor = 1e3 * max(flops / (bench.roof["tflops"] * 1e12), vit.weight_bytes / (bench.roof["tbs"] * 1e12))
+    floor = floor_us(flops, vit.weight_bytes, bench.roof) / 1e3
     with exact_fp32():
         truth = hf_call(bench.peers.truth, grids)(pixels.float())
     allowed = 2 * worst(hf_call(bench.peers.hf_sdpa, grids)(pixels), truth) + 1e-6

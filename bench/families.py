@@ -8,27 +8,21 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fused_vit
-from bench.timing import ceilings, device_ms, environment, host_us, wall_ms
+from bench.cases import CASES
+from bench.timing import ceilings, device_ms, environment, floor_us, host_us, save, wall_ms
 from fused_vit.packing import items
 from fused_vit.parity import exact_fp32, relative
 from fused_vit.plan import cost
 from tests.families import FAMILIES, Family, available, build
 
 Grid = list[list[int]]
-BY_16: dict[str, Grid] = {
-    "448²": [[1, 28, 28]],
-    "1080p": [[1, 68, 120]],
-    "mixed 8": [
-        [1, 16, 16], [1, 28, 28], [1, 48, 64], [1, 20, 36], [1, 64, 64], [1, 32, 32], [1, 40, 24], [1, 28, 28],
-    ],
-}  # fmt: skip
+BY_16: dict[str, Grid] = {name: CASES[name] for name in ("448²", "1080p", "mixed 8")}
 BY_14: dict[str, Grid] = {
     "448²": [[1, 32, 32]],
     "1080p": [[1, 78, 138]],
@@ -56,9 +50,8 @@ def measure(family: Family, roof: dict[str, float]) -> dict[str, Any]:
     vit = fused_vit.FusedViT.from_module(tower, dtype=torch.bfloat16)
     grids = cases(family, vit)
     tokens = [sum(i.rows for i in items(vit.spec, g, sum(t * h * w for t, h, w in g))) for g in grids.values()]
-    buckets = sorted({next(b for b in vit.buckets if b.tokens >= n) for n in tokens})
-    vit.buckets = tuple(buckets)
-    vit.warmup()
+    buckets = {next(b for b in vit.buckets if b.tokens >= n) for n in tokens}
+    vit = fused_vit.FusedViT(vit.spec, vit.weights, buckets=buckets).warmup()
     report: dict[str, Any] = {"weight_bytes": vit.weight_bytes, "cases": {}}
     for name, grid in grids.items():
         report["cases"][name] = case(family, tower, peer, vit, grid, roof)
@@ -88,7 +81,7 @@ def case(
     )
     row = {
         "rows": sum(i.rows for i in pack), "images": len(grid), "tflop": flops / 1e12,
-        "floor_ms": 1e3 * max(flops / (roof["tflops"] * 1e12), vit.weight_bytes / (roof["tbs"] * 1e12)),
+        "floor_ms": floor_us(flops, vit.weight_bytes, roof) / 1e3,
         "error": ours, "hf_error": theirs,
     }  # fmt: skip
     if ours > 2 * theirs + 1e-6:
@@ -128,8 +121,7 @@ def main() -> None:
                 f" error {row['error']:.1e})  hf {row.get('hf_wall_ms', 0):7.2f} ms (error {row['hf_error']:.1e})",
                 flush=True,
             )
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        save(report, arguments.out)
         gc.collect()
         torch.cuda.empty_cache()
 

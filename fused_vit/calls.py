@@ -32,13 +32,19 @@ def flatten_call(spec: TowerSpec, pixels: torch.Tensor, grid: Grid | None) -> tu
     return pixels.reshape(shape), read_grid(grid, (2, 3) if p.temporal == 1 else (3,))
 
 
+def check_dense(name: str, tensor: torch.Tensor) -> None:
+    """A tensor whose numbers lie in memory. Raises InputError."""
+    kind = "nested" if tensor.is_nested else "on meta" if tensor.is_meta else str(tensor.layout)
+    if kind != str(torch.strided):
+        raise InputError(f"{name} is {kind}; expected a dense tensor with values")
+
+
 def read_grid(grid: Grid, columns: tuple[int, ...] = (3,)) -> list[list[int]]:
     """The grid as lists of (t, h, w); where two columns are allowed, they are (h, w) of stills."""
     if isinstance(grid, torch.Tensor):
         if grid.is_floating_point() or grid.is_complex() or grid.dtype == torch.bool:
             raise InputError(f"grid_thw is {grid.dtype}; expected integers")
-        if grid.is_nested or grid.layout != torch.strided or grid.is_meta:
-            raise InputError("grid_thw is nested, sparse or on meta; expected a dense tensor [images, 3] with values")
+        check_dense("grid_thw", grid)
         shape, rows = tuple(grid.shape), grid
     else:
         try:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .buckets import Bucket, as_buckets, choose, ladder
-from .calls import Grid, flatten_call
+from .calls import Grid, check_dense, flatten_call
 from .errors import InputError
 from .executor import define, launch
 from .graphs import BucketGraph, capture
@@ -104,7 +104,7 @@ def _packs(
 ) -> tuple[list[Item], Packs]:
     """A checked grid and its packs; none where the definition runs it whole.
 
-    Images of a size ask the same again and again, which costs 60 us, 200 where the processor has gone cold. The tables
+    Images of a size ask the same again and again, which costs 21 us, 58 where the processor has gone cold. The tables
     lie in pinned memory, which torch gives to nobody else before the copies from it are done.
     """
     all_items = items(spec, grid, rows)
@@ -282,9 +282,7 @@ class FusedViT:
         if not isinstance(pixels, torch.Tensor):
             features = self.spec.patch.features
             raise InputError(f"pixel_values is {type(pixels).__name__}; expected a tensor [patches, {features}]")
-        if pixels.is_nested or pixels.layout != torch.strided:
-            kind = "a nested tensor" if pixels.is_nested else str(pixels.layout)
-            raise InputError(f"pixel_values is {kind}; expected a dense tensor [patches, {self.spec.patch.features}]")
+        check_dense("pixel_values", pixels)
         if not pixels.is_floating_point():
             raise InputError(f"pixel_values is {pixels.dtype}; expected floating point, normalised by the processor")
         if pixels.device != self.device:
@@ -393,4 +391,5 @@ class FusedViT:
                 self._done.synchronize()
             self._graphs.clear()
             self.weights.clear()
+            self._packs.cache_clear()
             self._workspace = self._oversize = None

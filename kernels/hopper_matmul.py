@@ -131,7 +131,7 @@ def prepare_vectors(
 ):  # fmt: skip
     """The preparing warps: what the epilogues need of every tile's rows and columns.
 
-    Many loads are under way before the first is stored: one after the other they took 9 us, a tile's main loop 7.
+    Many loads are under way before the first is stored: one after the other, qkv of 8160 rows took 122 us, not 110.
     """
     _, columns, places_ptr, sums_ptr, rows, N, K, capacity, eps = numbers
     row_side, column_side, ready, used = vectors

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import fused_vit
 from fused_vit.buckets import Bucket, as_buckets, choose, ladder
+from fused_vit.errors import InputError
 from tests.towers_hf import random_pixels, tiny_tower
 
 GRID = [[1, 4, 6], [2, 6, 4]]
@@ -152,3 +156,60 @@ def test_ladders_and_choices() -> None:
     assert buckets == (Bucket(256, 2), Bucket(1024, 8), Bucket(4096, 64))
     assert choose(buckets, 200, 2) == buckets[0] and choose(buckets, 200, 3) == buckets[1]
     assert choose(buckets, 4097, 1) is None and choose(buckets, 4, 65) is None
+
+
+# --- calls with anything in them ---
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+anything = st.recursive(leaves, lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner), max_leaves=12)
+sides = st.integers(-2, 9)
+nearly = st.lists(st.lists(sides, min_size=2, max_size=4), max_size=4)
+valid = st.lists(
+    st.tuples(st.integers(1, 3), st.sampled_from([2, 4, 6]), st.sampled_from([2, 4, 6])), min_size=1, max_size=4
+)
+integers = st.sampled_from([torch.uint8, torch.int8, torch.int32, torch.int64, torch.float32, torch.bool])
+tensors = st.tuples(valid, integers).map(lambda pair: torch.tensor(pair[0]).to(pair[1]))
+floats = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.complex64])
+shapes = st.just([72, FEATURES]) | st.lists(st.sampled_from([0, 1, 2, 4, 24, 72, FEATURES]), max_size=3)
+
+
+@pytest.fixture(scope="module")
+def want(vit: fused_vit.FusedViT, pixels: torch.Tensor) -> torch.Tensor:
+    out = vit(pixels, GRID).pooler_output
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+@settings(max_examples=100, deadline=None)
+@given(grid=valid)
+def test_every_grid_of_whole_blocks_gives_its_rows(vit: fused_vit.FusedViT, grid: list[tuple[int, int, int]]) -> None:
+    rows = sum(t * h * w for t, h, w in grid)
+    out = vit(random_pixels(grid, FEATURES, 0), grid)
+    assert len(out.last_hidden_state) == rows and 4 * len(out.pooler_output) == rows
+    assert out.last_hidden_state.isfinite().all()
+
+
+@settings(max_examples=400, deadline=None)
+@given(grid=anything | nearly | tensors)
+def test_any_grid_gives_a_result_or_one_error(vit, pixels, want, grid) -> None:  # type: ignore[no-untyped-def]
+    rows = 72
+    with contextlib.suppress(TypeError, ValueError, OverflowError):  # pixels that fit, where the grid is one
+        rows = sum(int(t) * int(h) * int(w) for t, h, w in grid)
+    try:
+        out = vit(pixels[:1].expand(rows if 0 < rows < 1000 else 72, FEATURES), grid)
+        assert len(out.last_hidden_state) == rows and 4 * len(out.pooler_output) == rows
+    except InputError as error:
+        assert "grid_thw" in str(error)
+    assert torch.equal(vit(pixels, GRID).pooler_output, want)
+
+
+@settings(max_examples=200, deadline=None)
+@given(shape=shapes, dtype=floats)
+def test_any_pixels_give_a_result_or_one_error(vit, pixels, want, shape, dtype) -> None:  # type: ignore[no-untyped-def]
+    right = shape == [72, FEATURES] and dtype.is_floating_point
+    try:
+        out = vit(torch.ones(shape).to(dtype), GRID)
+        assert right and len(out.last_hidden_state) == 72
+    except InputError as error:
+        assert not right and "pixel_values" in str(error)
+    assert torch.equal(vit(pixels, GRID).pooler_output, want)
