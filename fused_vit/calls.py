@@ -34,8 +34,8 @@ def flatten_call(spec: TowerSpec, pixels: torch.Tensor, grid: Grid | None) -> tu
 
 def check_dense(name: str, tensor: torch.Tensor) -> None:
     """A tensor whose numbers lie in memory. Raises InputError."""
-    kind = "nested" if tensor.is_nested else "on meta" if tensor.is_meta else str(tensor.layout)
-    if kind != str(torch.strided):
+    if tensor.is_nested or tensor.is_meta or tensor.layout is not torch.strided:
+        kind = "nested" if tensor.is_nested else "on meta" if tensor.is_meta else tensor.layout
         raise InputError(f"{name} is {kind}; expected a dense tensor with values")
 
 

@@ -17,7 +17,7 @@ LAYERS = (
     ("output", "towers", "packing", "buckets", "calls"),
     ("plan",),
     ("workspace", "executor"),
-    ("graphs",),
+    ("graphs", "batch"),
     ("encoder",),
     ("images", "pca", "parity", "metrics", "adapters"),
     ("cli",),
