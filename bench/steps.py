@@ -13,9 +13,9 @@ from bench.timing import Roof, floor_us, graph_us, speed
 from fused_vit.buckets import Bucket
 from fused_vit.executor import launch, launch_step
 from fused_vit.layouts import parts
-from fused_vit.packing import MERGED, TILES, WINDOWS, Item, items, table
+from fused_vit.packing import TILES, WINDOWS, Item, items, table
 from fused_vit.plan import Plan, Step, cost
-from fused_vit.spec import PoolSpec, TowerSpec
+from fused_vit.spec import TowerSpec
 from fused_vit.weights.pack import pack_tower
 from fused_vit.workspace import Workspace
 
@@ -104,8 +104,6 @@ def used(loaded: Loaded, name: str, step: Step) -> torch.Tensor:
     counts = {"rows": sum(item.rows for item in loaded.pack), "merged": merged, "tiles": tiles, "windows": windows}
     if name == "pixels":
         counts["rows"] = sum(item.pixel_rows for item in loaded.pack)
-    elif name == "sums" and step.count == MERGED and isinstance(loaded.plan.spec.merger, PoolSpec):
-        counts["rows"] = merged * loaded.plan.spec.patches
     buffer = loaded.buffers[name]
     for dim, symbol in enumerate(shape):
         if symbol in counts:

@@ -38,9 +38,9 @@ GEMMS = [
     )
 ]
 HOPPERS = [
-    HopperConfig(128, 128, 2, True, 5), HopperConfig(128, 192, 2, True, 4), HopperConfig(192, 192, 3, False, 4),
-    HopperConfig(192, 128, 3, False, 4), HopperConfig(128, 192, 2, False, 5), HopperConfig(128, 128, 2, False, 5),
-    HopperConfig(128, 64, 2, False, 6), HopperConfig(128, 64, 2, True, 6),
+    HopperConfig(128, 128, 2, 5), HopperConfig(128, 192, 2, 4), HopperConfig(192, 192, 3, 4),
+    HopperConfig(192, 128, 3, 4), HopperConfig(256, 128, 1, 4), HopperConfig(128, 192, 1, 5),
+    HopperConfig(128, 128, 1, 5), HopperConfig(128, 64, 1, 6), HopperConfig(128, 64, 2, 6),
 ]  # fmt: skip
 ATTENTIONS = [
     AttentionConfig(m, n, w, s) for m, n, w in [(64, 64, 4), (128, 64, 8), (128, 128, 8), (64, 128, 4)] for s in (2, 3)
@@ -65,7 +65,7 @@ def matmuls(rows: int) -> dict[str, Any]:
 
     def weights(n: int, k: int) -> list[torch.Tensor]:
         w = torch.randn(n, k, **bf16) * k**-0.5
-        return [w, torch.randn(n, device="cuda"), w.float().sum(1)[None]]
+        return [w, torch.randn(n, device="cuda"), w.float().sum(1)]
 
     q, p, up, down = weights(3456, WIDTH), weights(WIDTH, WIDTH), weights(MLP, WIDTH), weights(WIDTH, MLP)
     merge_up, merge_down = weights(4 * WIDTH, 4 * WIDTH), weights(4096, 4 * WIDTH)
@@ -76,10 +76,8 @@ def matmuls(rows: int) -> dict[str, Any]:
     norm: dict[str, Any] = {"eps": 1e-6, "centred": True}
     rope: dict[str, Any] = {"head_dim": 72, "rotated": 32, "normed": 0, "head_eps": 0.0, **norm}
     plain: dict[str, Any] = {"gated": False, "limit": None, **norm}
-    mlp: dict[str, Any] = {"merge": 1, "groups": 1, "activation": "gelu_tanh", **plain}
-    first: dict[str, Any]
-    second: dict[str, Any]
-    first, second = {**mlp, "merge": 4, "activation": "gelu"}, {**mlp, "groups": 0, "activation": "none"}
+    mlp: dict[str, Any] = {"activation": "gelu_tanh", **plain}
+    first, second = {**mlp, "activation": "gelu"}, {**mlp, "activation": "none"}
     return {
         "qkv": (qkv_file, lambda: qkv_file.qkv(heads, x, sums, places, *q, None, frequencies, **rope, count=count),
                 heads,
@@ -91,8 +89,9 @@ def matmuls(rows: int) -> dict[str, Any]:
         "fc2": (residual_file, lambda: residual_file.residual(out, new, x, hidden, *down[:2], count=count), out,
                 lambda: residual_file.residual_ref(x, hidden, *down[:2])[0]),
         "merger.fc1": (
-            linear_file, lambda: linear_file.linear(merging, x, sums, None, *merge_up, **first, count=merged), merging,
-            lambda: linear_file.linear_ref(x, sums, None, *merge_up, **first)),
+            linear_file, lambda: linear_file.linear(merging, wide, None, None, *merge_up[:2], None, **first,
+                                                    count=merged), merging,
+            lambda: linear_file.linear_ref(wide, None, None, *merge_up[:2], None, **first)),
         "merger.fc2": (
             linear_file, lambda: linear_file.linear(pooled, wide, None, None, *merge_down[:2], None, **second,
                                                     count=merged), pooled,

@@ -5,6 +5,7 @@ The same plan is defined by torch, launched by Triton, captured into CUDA graphs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -80,7 +81,7 @@ def padded(width: int) -> int:
 
 
 def build_plan(spec: TowerSpec) -> Plan:
-    """The listing for a tower: unfold, patch embedding, five launches a block, two a merger."""
+    """The listing for a tower: unfold, patch embedding, five launches a block, three a merger."""
     steps = [_unfold(spec), *_patch_embed(spec)]
     deepstack = []  # features come in the order of blocks, their mergers' names in the order of the list
     for i in range(spec.depth):
@@ -89,7 +90,7 @@ def build_plan(spec: TowerSpec) -> Plan:
             name = f"deepstack.{spec.deepstack.index(i)}"
             deepstack.append(name)
             assert isinstance(spec.merger, MergerSpec), "deepstack mergers are like the last one"
-            steps += _merger(spec, spec.merger, name, "x", name, groups=1)
+            steps += _merger(spec, spec.merger, name, "x", name, whole=True)
     tail, last, pooled = _tail(spec)
     steps += tail
     touched = {name for step in steps for name in (*step.reads, *step.writes)} | {"table"}
@@ -122,6 +123,7 @@ def _buffers(spec: TowerSpec, deepstack: Sequence[str]) -> list[Buffer]:
         Buffer("hidden", ("rows", padded(spec.mlp.width))),
         Buffer("last", ("rows", spec.width)),
         Buffer("frames", ("merged", spec.patches, spec.width)),
+        Buffer("normed", ("merged", merged_width)),
         Buffer("down", ("merged", out)),
         Buffer("merging", ("merged", out if gate else merged_width)),
         Buffer("gating", ("merged", gate)),
@@ -214,7 +216,7 @@ def _block(spec: TowerSpec, i: int) -> list[Step]:
         ),
         Step(
             f"{block}.fc1", "linear", ("hidden",), ("x", "sums", ""), _weights(f"{block}.fc1", True), ROWS,
-            _linear(1, 1, spec.norm, mlp), ((1 + mlp.gated) * mlp.width, spec.width),
+            _linear(spec.norm, mlp), ((1 + mlp.gated) * mlp.width, spec.width),
         ),
         Step(
             f"{block}.fc2", "residual", ("x", "sums"), ("x", "hidden"), _weights(f"{block}.fc2"), ROWS, (),
@@ -223,14 +225,12 @@ def _block(spec: TowerSpec, i: int) -> list[Step]:
     ]  # fmt: skip
 
 
-def _linear(
-    merge: int, groups: int, norm: NormSpec | None = None, act: MlpSpec | str = "none"
-) -> tuple[tuple[str, Any], ...]:
-    """Options of a linear step: groups of a merged row are normalised, none if 0."""
+def _linear(norm: NormSpec | None = None, act: MlpSpec | str = "none") -> tuple[tuple[str, Any], ...]:
+    """Options of a linear step; a norm is only a number and a kind to one that has no row sums."""
     gated, limit = (act.gated, act.limit) if isinstance(act, MlpSpec) else (False, None)
     return (
-        ("merge", merge), ("groups", groups), *_norm(norm or NormSpec("layer", 0.0)),
-        ("activation", act.activation if isinstance(act, MlpSpec) else act), ("gated", gated), ("limit", limit),
+        *_norm(norm or NormSpec("layer", 0.0)), ("activation", act.activation if isinstance(act, MlpSpec) else act),
+        ("gated", gated), ("limit", limit),
     )  # fmt: skip
 
 
@@ -245,56 +245,60 @@ def _tail(spec: TowerSpec) -> tuple[list[Step], str, str]:
         steps.append(Step("final_norm", "norm", ("last", ""), ("x", source, "", ""), weights, ROWS, options))
     if isinstance(spec.merger, MergerSpec):
         scatter = "source" if spec.attention.windows else ""
-        return steps + _merger(spec, spec.merger, "merger", "x", "pooled", spec.patches, scatter), last, "pooled"
+        return steps + _merger(spec, spec.merger, "merger", "x", "pooled", scatter), last, "pooled"
     if isinstance(spec.merger, ConvMergerSpec):
         return steps + _conv_merger(spec, spec.merger), "down", "pooled"
     if isinstance(spec.merger, PoolSpec):
         projector = spec.merger.projector
-        sums, source = "sums" if projector else "", "source" if spec.gathers else ""
+        source = "source" if spec.gathers else ""
         pool = (("patches", spec.patches),)
-        steps.append(Step("pool", "pool", ("frames", sums), ("last", source, "table"), (), MERGED, pool))
+        steps.append(Step("pool", "pool", ("frames",), ("last", source, "table"), (), MERGED, pool))
         if projector is None:
             return steps, last, "frames"
-        return steps + _merger(spec, projector, "merger", "frames", "pooled", spec.patches), last, "pooled"
+        return steps + _merger(spec, projector, "merger", "frames", "pooled"), last, "pooled"
     return steps, last, ""
 
 
 def _merger(
-    spec: TowerSpec, merger: MergerSpec, name: str, x: str, output: str, groups: int, scatter: str = ""
+    spec: TowerSpec, merger: MergerSpec, name: str, x: str, output: str, scatter: str = "", whole: bool = False
 ) -> list[Step]:
-    """Two launches: norm + linear + GELU over merged rows, then linear. The patches of a merged row are neighbours.
+    """Three launches over merged rows: norm, linear + GELU, linear. The patches of a merged row are neighbours.
 
-    scatter: the order in which merged rows are stored, where it is not the order in which they run.
+    whole: the norm is of the merged row, not of each patch. scatter: the order in which merged rows are stored, where
+    it is not the order in which they run.
     """
     wide = spec.width * spec.patches
-    up, down = _linear(spec.patches, groups, merger.norm, "gelu"), _linear(1, 0)
-    if scatter:
-        down = (*down, ("scatter", spec.patches))
-    second = (f"{name}.fc2.weight", f"{name}.fc2.bias", "")
-    weights = _weights(f"{name}.fc1", True)
+    up, down = _linear(None, "gelu"), (*_linear(), ("scatter", spec.patches)) if scatter else _linear()
+    first, second = ((*_weights(f"{name}.{n}"), "") for n in ("fc1", "fc2"))
     return [
-        Step(f"{name}.fc1", "linear", ("merging",), (x, "sums", ""), weights, MERGED, up, (wide, wide)),
+        _merger_norm(spec, merger.norm, f"{name}.norm", x, whole),
+        Step(f"{name}.fc1", "linear", ("merging",), ("normed", "", ""), first, MERGED, up, (wide, wide)),
         Step(f"{name}.fc2", "linear", (output,), ("merging", "", scatter), second, MERGED, down, (merger.out, wide)),
-    ]
+    ]  # fmt: skip
+
+
+def _merger_norm(spec: TowerSpec, norm: NormSpec, name: str, x: str, whole: bool = False) -> Step:
+    """Of each patch, or of the whole merged row, into merged rows; its gamma and beta are in the linear behind it."""
+    options = (*_norm(norm), ("activation", "none"), ("merge", spec.patches), ("groups", 1 if whole else spec.patches))
+    return Step(name, "norm", ("normed", ""), (x, "", "", ""), ("", "", ""), MERGED, options)
 
 
 def _conv_merger(spec: TowerSpec, merger: ConvMergerSpec) -> list[Step]:
-    """Five launches of GLM-4V's merger; its convolution reads merged rows as one, like any merger."""
+    """Six launches of GLM-4V's merger; its convolution reads merged rows as one, like any merger."""
     wide, out, mlp = spec.width * spec.patches, merger.out, merger.mlp
 
     def linear(name: str, y: str, x: str, options: tuple[tuple[str, Any], ...], matmul: tuple[int, int]) -> Step:
-        normed = name == "merger.down"
-        weights = _weights(name, True) if normed else (*_weights(name), "")
-        return Step(name, "linear", (y,), (x, "sums" if normed else "", ""), weights, MERGED, options, matmul)
+        return Step(name, "linear", (y,), (x, "", ""), (*_weights(name), ""), MERGED, options, matmul)
 
     norm = (*_norm(merger.post_norm), ("activation", "gelu"))
     norm_weights = (*_norm_weights("merger.post_norm", merger.post_norm), "")
     return [
-        linear("merger.down", "down", "x", _linear(spec.patches, spec.patches, merger.norm), (out, wide)),
-        linear("merger.proj", "merging", "down", _linear(1, 0), (out, out)),
+        _merger_norm(spec, merger.norm, "merger.norm", "x"),
+        linear("merger.down", "down", "normed", _linear(), (out, wide)),
+        linear("merger.proj", "merging", "down", _linear(), (out, out)),
         Step("merger.post_norm", "norm", ("merging", ""), ("merging", "", "", ""), norm_weights, MERGED, norm),
-        linear("merger.fc1", "gating", "merging", _linear(1, 0, None, mlp), (2 * mlp.width, out)),
-        linear("merger.fc2", "pooled", "gating", _linear(1, 0), (out, mlp.width)),
+        linear("merger.fc1", "gating", "merging", _linear(None, mlp), (2 * mlp.width, out)),
+        linear("merger.fc2", "pooled", "gating", _linear(), (out, mlp.width)),
     ]
 
 
@@ -311,6 +315,12 @@ def cost(plan: Plan, pack: Sequence[Item], itemsize: int = 2) -> dict[str, Cost]
     spec, att = plan.spec, plan.spec.attention
     rows, merged = sum(item.rows for item in pack), sum(item.merged for item in pack)
     context = att.heads * att.head_dim
+    dims = {"rows": rows, "merged": merged}
+    sizes = {
+        b.name: math.prod(d if isinstance(d, int) else dims[d] for d in b.shape)
+        for b in plan.buffers
+        if b.dtype == "model"
+    }
     costs = {}
     for step in plan.steps:
         m = merged if step.count == MERGED else rows
@@ -324,6 +334,6 @@ def cost(plan: Plan, pack: Sequence[Item], itemsize: int = 2) -> dict[str, Cost]
             costs[step.name] = Cost(2.0 * m * n * k, itemsize * (m * k + n * k + m * n + residual))
         elif step.op == "unfold":
             costs[step.name] = Cost(0.0, 4.0 * rows * (att.head_dim + 2 * _taps(spec)))
-        else:  # norm, pool: one row in, one row out
-            costs[step.name] = Cost(0.0, 2.0 * itemsize * m * spec.width)
+        else:  # norm, pool: every row in and out once
+            costs[step.name] = Cost(0.0, 1.0 * itemsize * (sizes[step.reads[0]] + sizes[step.writes[0]]))
     return costs

@@ -24,13 +24,17 @@ class GemmConfig:
 
 @dataclass(frozen=True, slots=True)
 class HopperConfig:
-    """A matmul of kernels.hopper_matmul."""
+    """A matmul of kernels.hopper_matmul, and how long its tiles take on an H100.
+
+    groups: that multiply: 1 of eight warps; 2 of four, each with tiles of its own, in turns; 3 of four that share one.
+    """
 
     block_m: int
     block_n: int  # 64, 128 or 192
-    groups: int  # warpgroups that multiply
-    alternate: bool  # each group has tiles of its own, in turns
+    groups: int
     buffers: int  # steps of 64 columns of depth in shared memory
+    step_us: float = 0.0
+    tile_us: float = 0.0  # of its epilogue that no main loop hides
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +81,22 @@ _GEMM_16BIT: dict[int, dict[str, tuple[tuple[int, GemmConfig], ...]]] = {
 }
 _GEMM_32BIT = GemmConfig(64, 64, 32, 4, 2)
 
-# From bench/results/tune_hopper.json (Qwen3-VL-8B's sizes, 256 to 8160 rows); _SLIM from arithmetic: it fills twice as
-# many multiprocessors as 128 x 128 where rows are few.
-_TALL = HopperConfig(128, 128, 2, alternate=True, buffers=5)
-_WIDE = HopperConfig(128, 192, 2, alternate=True, buffers=4)
-_SHARED = HopperConfig(128, 128, 2, alternate=False, buffers=5)
-_SQUARE = HopperConfig(192, 192, 3, alternate=False, buffers=4)
-_SLIM = HopperConfig(128, 64, 2, alternate=False, buffers=6)
-# The same on sm_90 in Gluon; of several the one whose busiest multiprocessor has least to do, none: the plain kernel is
-# faster there. "residual" and "qkv" are Gluon at every size, because their plain forms round some last bits
-# differently, and an image's bits must not depend on the bucket.
-_HOPPER: dict[str, tuple[tuple[int, tuple[HopperConfig, ...]], ...]] = {
-    "qkv": ((1 << 30, (_TALL,)),),
-    "linear": ((256, ()), (2048, (_TALL,)), (1 << 30, (_WIDE, _TALL))),
-    "gated": ((256, ()), (1 << 30, (_TALL,))),
-    "merger": ((512, ()), (1 << 30, (_SHARED, _SQUARE))),
-    "residual": ((512, (_SLIM,)), (2048, (_TALL,)), (1 << 30, (_SQUARE, _TALL))),
+# Times of 27 blocks one after the other in a graph, where a kernel's code and operands are no longer in the caches;
+# from bench/results/hopper_blocks.json.
+_TALL = HopperConfig(128, 128, 2, buffers=5, step_us=0.45, tile_us=0.3)
+_DEEP = HopperConfig(256, 128, 1, buffers=4, step_us=0.69, tile_us=6.0)
+_BROAD = HopperConfig(128, 192, 1, buffers=5, step_us=0.56, tile_us=6.0)
+_SQUARE = HopperConfig(192, 192, 3, buffers=4, step_us=0.81, tile_us=6.0)
+_THIRDS = HopperConfig(192, 128, 3, buffers=4, step_us=0.53, tile_us=6.0)
+_SHARED = HopperConfig(128, 128, 1, buffers=5, step_us=0.40, tile_us=6.0)
+_SLIM = HopperConfig(128, 64, 1, buffers=6, step_us=0.26, tile_us=6.0)
+# The forms of each op on sm_90, at every size: their bits are the same, those of the plain kernels' are not always.
+_HOPPER: dict[str, tuple[HopperConfig, ...]] = {
+    "qkv": (_TALL, _SLIM),
+    "linear": (_TALL, _DEEP, _SQUARE, _THIRDS, _SHARED, _SLIM),
+    "gated": (_TALL, _SLIM),
+    "merger": (_DEEP, _BROAD, _SHARED, _SLIM),  # one copy of an epilogue whose error function is 40 KB of code
+    "residual": (_TALL, _DEEP, _SQUARE, _SLIM),
 }
 
 _ATTENTION_16BIT: dict[int, tuple[tuple[int, AttentionConfig], ...]] = {  # head dim up to -> config
@@ -119,22 +123,21 @@ def gemm_config(op: str, rows: int, dtype: torch.dtype, arch: int) -> GemmConfig
 
 
 def hopper_config(
-    op: str, rows: int, columns: int, dtype: torch.dtype, arch: int, programs: int
+    op: str, rows: int, columns: int, depth: int, dtype: torch.dtype, arch: int, programs: int
 ) -> HopperConfig | None:
     """The Gluon form of a matmul over a bucket of at most `rows` rows; None: gemm_config's.
 
-    Tiles run in rounds of `programs`, and a last round with few tiles takes as long as any: for 1152 columns, 192 x 192
-    wins at 4096 rows (61 us against 78) and 128 x 128 at 6272 (109 against 120), though neither is the faster a FLOP.
+    Tiles run in rounds of `programs`, and a last round with few tiles takes as long as any: for 1152 columns and a
+    depth of 4352, 192 x 192 is the fastest at 4096 rows (61 us, 256 x 128 takes 99), 256 x 128 at 6272 (100).
     """
     if dtype == torch.float32 or _generation(arch) != 90 or not has_gluon():
         return None
 
-    def most_elements(c: HopperConfig) -> int:
+    def microseconds(c: HopperConfig) -> float:
         tiles = -(-rows // c.block_m) * -(-columns // c.block_n)
-        return -(-tiles // programs) * c.block_m * c.block_n
+        return -(-tiles // programs) * (-(-depth // 64) * c.step_us + c.tile_us)
 
-    candidates = next(configs for most, configs in _HOPPER[op] if rows <= most)
-    return min(candidates, key=most_elements, default=None)
+    return min(_HOPPER[op], key=microseconds)
 
 
 def attention_config(head_dim: int, dtype: torch.dtype, arch: int, windowed: bool = False) -> AttentionConfig:

@@ -2,8 +2,9 @@
 
 A program takes tiles of 128 query rows, 64 for each warpgroup, one after the other. Keys and values of the tile's
 segment stream through shared memory by TMA. Within a warpgroup the scores of a block are multiplied while the last
-block's values are (FlashAttention-3, arXiv 2407.08608, section 3.2); between them the warpgroups take turns (3.1).
-Where a head's rows have room for it, a column of ones in V makes the product yield the softmax's denominator.
+block's values are (FlashAttention-3, arXiv 2407.08608, section 3.2), across tiles too: the first scores of a tile with
+the last values of the one before it. Between them the warpgroups take turns (3.1). Where a head's rows have room for
+it, a column of ones in V makes the product yield the softmax's denominator.
 """
 
 from __future__ import annotations
@@ -57,6 +58,28 @@ def scores_of(q, q_rest, k, k_rest, at, zero, REST: gl.constexpr):
 
 
 @gluon.jit
+def first_row(j, rows, BLOCK_N: gl.constexpr):
+    """Where in a segment its j-th block of keys begins. The first to be taken are the segment's last BLOCK_N rows.
+
+    Of those, the rows that another block has too do not count (first_weights). Only in a segment shorter than a block
+    are there rows past its end.
+    """
+    return gl.where(j == 0, gl.maximum(rows - BLOCK_N, 0), (j - 1) * BLOCK_N)
+
+
+@gluon.jit
+def first_weights(scores, columns, rows, BLOCK_N: gl.constexpr, DTYPE: gl.constexpr, ONES: gl.constexpr):
+    """Of a segment's first block: the largest score, the weights and, unless V has a column of ones, their sum."""
+    key = first_row(0, rows, BLOCK_N) + columns
+    counts = (key >= (gl.cdiv(rows, BLOCK_N) - 1) * BLOCK_N) & (key < rows)
+    scores = gl.where(gl.expand_dims(counts, 0), scores, float("-inf"))
+    largest = gl.max(scores, 1)
+    p = gl.exp2(scores - gl.expand_dims(largest, 1))
+    total = gl.zeros([p.shape[0]], gl.float32, gl.SliceLayout(1, p.type.layout)) if ONES else gl.sum(p, 1)
+    return largest, p.to(DTYPE), total
+
+
+@gluon.jit
 def zero_rows(x, first, ROWS: gl.constexpr, COLUMNS: gl.constexpr, DTYPE: gl.constexpr):
     """Rows of a shared tile from `first` on become zero: they are a neighbour's, and 0 * NaN is NaN.
 
@@ -105,7 +128,7 @@ def load_tiles(
                 tma.async_copy_global_to_shared(q_rest_desc, [row, FIRST], full, q_rest.index(own * 2 + group))
         blocks = gl.cdiv(k1 - k0, BLOCK_N)
         for j in range(blocks):
-            row = gl.where(j == 0, blocks - 1, j - 1) * BLOCK_N
+            row = first_row(j, k1 - k0, BLOCK_N)
             at, phase = block % BUFFERS, ((block // BUFFERS) & 1) ^ 1
             full = k_full.index(at)
             mbarrier.wait(k_empty.index(at), phase)
@@ -144,87 +167,107 @@ def attend(
     block = 0
     turn = 0
     swaps = 0
-    for work in range(gl.program_id(0), tiles * HEADS, PROGRAMS):
+    work = gl.program_id(0)
+    if work < tiles * HEADS:
         q0, k0, k1, head = find_tile(tiles_ptr, work, HEADS)
-        blocks = gl.cdiv(k1 - k0, BLOCK_N)
-        tail = k1 - k0 - (blocks - 1) * BLOCK_N
-        mbarrier.wait(q_full.index(turn % 2), (turn // 2) & 1)
-        my_q, my_q_rest = q.index(turn % 2 * 2 + GROUP_ID), q_rest.index(turn % 2 * 2 + GROUP_ID)
-        acc = gl.zeros([GROUP, FIRST], gl.float32, la)
-        if REST > 0:
-            acc_rest = gl.zeros([GROUP, REST], gl.float32, lb)
-
-        # the last block comes first: it alone has rows past the segment
-        at = block % BUFFERS
-        mbarrier.wait(k_full.index(at), (block // BUFFERS) & 1)
-        scores = warpgroup_mma_wait(0, deps=(scores_of(my_q, my_q_rest, k, k_rest, at, zero, REST),))
-        mbarrier.arrive(k_empty.index(at), count=1)
-        scores = gl.where(gl.expand_dims(columns < tail, 0), scores, float("-inf"))
-        largest = gl.max(scores, 1)
-        p = gl.exp2(scores - gl.expand_dims(largest, 1))
-        total = gl.zeros([GROUP], gl.float32, gl.SliceLayout(1, ls)) if ONES else gl.sum(p, 1)
-        p = p.to(DTYPE)
-        p_a = gl.convert_layout(p, operand_a)
-        if REST > 0:
-            p_b = gl.convert_layout(p, operand_b)
-        if tail < BLOCK_N:
-            mbarrier.wait(v_full.index(at), (block // BUFFERS) & 1)
-            zero_rows(v.index(at), tail, BLOCK_N, FIRST, DTYPE)
-            if REST > 0:
-                zero_rows(v_rest.index(at), tail, BLOCK_N, REST, DTYPE)
-            fence_async_shared()
-        mbarrier.wait(k_full.index((block + 1) % BUFFERS), ((block + 1) // BUFFERS) & 1, pred=blocks > 1)
-        for j in range(1, blocks):
-            last, last_phase = block % BUFFERS, (block // BUFFERS) & 1
-            block += 1
-            at = block % BUFFERS
-            mbarrier.wait(turns.index(GROUP_ID), (swaps & 1) ^ (1 - GROUP_ID))
-            scores = scores_of(my_q, my_q_rest, k, k_rest, at, zero, REST)
-            mbarrier.wait(v_full.index(last), last_phase)
-            acc = warpgroup_mma(p_a, v.index(last), acc, is_async=True)
-            if REST > 0:
-                acc_rest = warpgroup_mma(p_b, v_rest.index(last), acc_rest, is_async=True)
-            mbarrier.arrive(turns.index(1 - GROUP_ID), count=1)
-            swaps += 1
-            scores = warpgroup_mma_wait(2 if REST > 0 else 1, deps=(scores,))
-            mbarrier.arrive(k_empty.index(at), count=1)
-            new = gl.maximum(largest, gl.max(scores, 1))
-            decay = gl.exp2(largest - new)
-            p = gl.exp2(scores - gl.expand_dims(new, 1))
-            if not ONES:
-                total = total * decay + gl.sum(p, 1)
-            largest = new
-            p = p.to(DTYPE)
-            # waiting for the next keys here keeps the softmax, in ptxas's schedule, before the wait for the values
-            mbarrier.wait(k_full.index((block + 1) % BUFFERS), ((block + 1) // BUFFERS) & 1, pred=j + 1 < blocks)
-            if REST > 0:
-                acc, acc_rest, p, total = warpgroup_mma_wait(0, deps=(acc, acc_rest, p, total))
-            else:
-                acc, p, total = warpgroup_mma_wait(0, deps=(acc, p, total))
-            mbarrier.arrive(v_empty.index(last), count=1)
-            acc = acc * gl.expand_dims(gl.convert_layout(decay, row_a), 1)
+        mbarrier.wait(q_full.index(0), 0)
+        my_q, my_q_rest = q.index(GROUP_ID), q_rest.index(GROUP_ID)
+        mbarrier.wait(k_full.index(0), 0)
+        scores = warpgroup_mma_wait(0, deps=(scores_of(my_q, my_q_rest, k, k_rest, 0, zero, REST),))
+        mbarrier.arrive(k_empty.index(0), count=1)
+        largest, p, total = first_weights(scores, columns, k1 - k0, BLOCK_N, DTYPE, ONES)
+        while work < tiles * HEADS:
+            blocks = gl.cdiv(k1 - k0, BLOCK_N)
+            acc = gl.zeros([GROUP, FIRST], gl.float32, la)
             p_a = gl.convert_layout(p, operand_a)
             if REST > 0:
-                acc_rest = acc_rest * gl.expand_dims(gl.convert_layout(decay, row_b), 1)
+                acc_rest = gl.zeros([GROUP, REST], gl.float32, lb)
                 p_b = gl.convert_layout(p, operand_b)
-        mbarrier.arrive(q_empty.index(turn % 2), count=1)
-        at = block % BUFFERS
-        mbarrier.wait(v_full.index(at), (block // BUFFERS) & 1)
-        acc = warpgroup_mma(p_a, v.index(at), acc, is_async=True)
-        if REST > 0:
-            acc_rest = warpgroup_mma(p_b, v_rest.index(at), acc_rest, is_async=True)
-            acc, acc_rest = warpgroup_mma_wait(0, deps=(acc, acc_rest))
-        else:
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(v_empty.index(at), count=1)
-        block += 1
-        turn += 1
-        if ONES:
-            column = gl.expand_dims(gl.arange(0, REST, layout=gl.SliceLayout(0, lb)), 0)
-            total = gl.sum(gl.where(column == HEAD_DIM - FIRST, acc_rest, 0.0), 1)
-        store_heads(out_ptr, acc, total, q0 + GROUP_ID * GROUP, k1, head, 0, HEADS, HEAD_DIM, DTYPE)
-        if REST > 0:
-            store_heads(out_ptr, acc_rest, total, q0 + GROUP_ID * GROUP, k1, head, FIRST, HEADS, HEAD_DIM, DTYPE)
+            if k1 - k0 < BLOCK_N:
+                at = block % BUFFERS
+                mbarrier.wait(v_full.index(at), (block // BUFFERS) & 1)
+                zero_rows(v.index(at), k1 - k0, BLOCK_N, FIRST, DTYPE)
+                if REST > 0:
+                    zero_rows(v_rest.index(at), k1 - k0, BLOCK_N, REST, DTYPE)
+                fence_async_shared()
+            mbarrier.wait(k_full.index((block + 1) % BUFFERS), ((block + 1) // BUFFERS) & 1, pred=blocks > 1)
+            for j in range(1, blocks):
+                last, last_phase = block % BUFFERS, (block // BUFFERS) & 1
+                block += 1
+                at = block % BUFFERS
+                mbarrier.wait(turns.index(GROUP_ID), (swaps & 1) ^ (1 - GROUP_ID))
+                scores = scores_of(my_q, my_q_rest, k, k_rest, at, zero, REST)
+                mbarrier.wait(v_full.index(last), last_phase)
+                acc = warpgroup_mma(p_a, v.index(last), acc, is_async=True)
+                if REST > 0:
+                    acc_rest = warpgroup_mma(p_b, v_rest.index(last), acc_rest, is_async=True)
+                mbarrier.arrive(turns.index(1 - GROUP_ID), count=1)
+                swaps += 1
+                scores = warpgroup_mma_wait(2 if REST > 0 else 1, deps=(scores,))
+                mbarrier.arrive(k_empty.index(at), count=1)
+                new = gl.maximum(largest, gl.max(scores, 1))
+                decay = gl.exp2(largest - new)
+                p = gl.exp2(scores - gl.expand_dims(new, 1))
+                if not ONES:
+                    total = total * decay + gl.sum(p, 1)
+                largest = new
+                p = p.to(DTYPE)
+                # waiting for the next keys here keeps the softmax, in ptxas's schedule, before the wait for the values
+                mbarrier.wait(k_full.index((block + 1) % BUFFERS), ((block + 1) // BUFFERS) & 1, pred=j + 1 < blocks)
+                if REST > 0:
+                    acc, acc_rest, p, total = warpgroup_mma_wait(0, deps=(acc, acc_rest, p, total))
+                else:
+                    acc, p, total = warpgroup_mma_wait(0, deps=(acc, p, total))
+                mbarrier.arrive(v_empty.index(last), count=1)
+                acc = acc * gl.expand_dims(gl.convert_layout(decay, row_a), 1)
+                p_a = gl.convert_layout(p, operand_a)
+                if REST > 0:
+                    acc_rest = acc_rest * gl.expand_dims(gl.convert_layout(decay, row_b), 1)
+                    p_b = gl.convert_layout(p, operand_b)
+            mbarrier.arrive(q_empty.index(turn % 2), count=1)
+            turn += 1
+
+            # the tile's last values, and with them the next tile's first scores
+            last, last_phase = block % BUFFERS, (block // BUFFERS) & 1
+            block += 1
+            row, end, of_head, denominator = q0 + GROUP_ID * GROUP, k1, head, total
+            work += PROGRAMS
+            if work < tiles * HEADS:
+                at = block % BUFFERS
+                q0, k0, k1, head = find_tile(tiles_ptr, work, HEADS)
+                mbarrier.wait(q_full.index(turn % 2), (turn // 2) & 1)
+                my_q, my_q_rest = q.index(turn % 2 * 2 + GROUP_ID), q_rest.index(turn % 2 * 2 + GROUP_ID)
+                mbarrier.wait(k_full.index(at), (block // BUFFERS) & 1)
+                mbarrier.wait(turns.index(GROUP_ID), (swaps & 1) ^ (1 - GROUP_ID))
+                scores = scores_of(my_q, my_q_rest, k, k_rest, at, zero, REST)
+                mbarrier.wait(v_full.index(last), last_phase)
+                acc = warpgroup_mma(p_a, v.index(last), acc, is_async=True)
+                if REST > 0:
+                    acc_rest = warpgroup_mma(p_b, v_rest.index(last), acc_rest, is_async=True)
+                mbarrier.arrive(turns.index(1 - GROUP_ID), count=1)
+                swaps += 1
+                scores = warpgroup_mma_wait(2 if REST > 0 else 1, deps=(scores,))
+                mbarrier.arrive(k_empty.index(at), count=1)
+                largest, p, total = first_weights(scores, columns, k1 - k0, BLOCK_N, DTYPE, ONES)
+                if REST > 0:
+                    acc, acc_rest, p, total = warpgroup_mma_wait(0, deps=(acc, acc_rest, p, total))
+                else:
+                    acc, p, total = warpgroup_mma_wait(0, deps=(acc, p, total))
+            else:
+                mbarrier.wait(v_full.index(last), last_phase)
+                acc = warpgroup_mma(p_a, v.index(last), acc, is_async=True)
+                if REST > 0:
+                    acc_rest = warpgroup_mma(p_b, v_rest.index(last), acc_rest, is_async=True)
+                    acc, acc_rest = warpgroup_mma_wait(0, deps=(acc, acc_rest))
+                else:
+                    acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(v_empty.index(last), count=1)
+            if ONES:
+                column = gl.expand_dims(gl.arange(0, REST, layout=gl.SliceLayout(0, lb)), 0)
+                denominator = gl.sum(gl.where(column == HEAD_DIM - FIRST, acc_rest, 0.0), 1)
+            store_heads(out_ptr, acc, denominator, row, end, of_head, 0, HEADS, HEAD_DIM, DTYPE)
+            if REST > 0:
+                store_heads(out_ptr, acc_rest, denominator, row, end, of_head, FIRST, HEADS, HEAD_DIM, DTYPE)
 
 
 @gluon.jit
@@ -232,18 +275,20 @@ def store_heads(
     out_ptr, acc, total, row, end, head, first: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
     DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """acc / total into out [rows, HEADS * HEAD_DIM], columns of a head from `first` on."""
-    layout: gl.constexpr = acc.type.layout
+    """acc / total into out [rows, HEADS * HEAD_DIM], columns of a head from `first` on, 16 bytes a thread."""
+    of_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    WIDTH: gl.constexpr = acc.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    value = (acc * gl.expand_dims(gl.convert_layout(1.0 / total, of_rows), 1)).to(DTYPE)
     rows = row + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, layout))
-    column = first + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, layout))
-    value = acc / gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, layout)), 1)
+    column = first + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
     ptrs = (
         out_ptr
         + gl.expand_dims(rows.to(gl.int64) * (HEADS * HEAD_DIM), 1)
         + gl.expand_dims(head * HEAD_DIM + column, 0)
     )
     mask = gl.expand_dims(rows < end, 1) & gl.expand_dims(column < HEAD_DIM, 0)
-    gl.store(ptrs, value.to(DTYPE), mask=mask)
+    gl.store(ptrs, gl.convert_layout(value, layout), mask=mask)
 
 
 @gluon.jit

@@ -9,13 +9,10 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-STORE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-STORE_HALF = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))
-
 
 @gluon.jit
 def row_vector(side, NTH: gl.constexpr, layout: gl.constexpr):
-    """Of the piece's rows: 0 mean, 1 1/std, 2 and 3 places."""
+    """Of the piece's rows: 0 1/std, 1 -mean/std, 2 and 3 places."""
     vectors, first = side
     return gl.expand_dims(vectors.index(first + NTH).load(gl.SliceLayout(1, layout)), 1)
 
@@ -28,27 +25,33 @@ def column_vector(side, NTH: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def normalise(y, row_side, column_side, NORMED: gl.constexpr):
-    """rstd * (y - mean * colsum) + bias; without a norm, y + bias."""
+def normalise(y, row_side, column_side, NORMED: gl.constexpr, CENTRED: gl.constexpr):
+    """As device.normalise, where a norm without a mean has no shift; without a norm, y + bias."""
     layout: gl.constexpr = y.type.layout
+    bias = column_vector(column_side, 0, layout)
     if NORMED:
-        y -= row_vector(row_side, 0, layout) * column_vector(column_side, 1, layout)
-        y *= row_vector(row_side, 1, layout)
-    return y + column_vector(column_side, 0, layout)
+        y = gl.fma(y, row_vector(row_side, 0, layout), bias)
+        if CENTRED:
+            y = gl.fma(row_vector(row_side, 1, layout), column_vector(column_side, 1, layout), y)
+    else:
+        y += bias
+    return y
 
 
 @gluon.jit
 def activate(x, ACTIVATION: gl.constexpr):
     """As device.activate."""
     if ACTIVATION == "gelu_tanh":
-        u = x * (1.5957691216057308 + 0.07135481627159 * x * x)
-        x = x / (1.0 + gl.exp2(-1.4426950408889634 * u))
+        root = gl.rsqrt(1.0 + gl.exp2(x * gl.fma(-0.1029432395800235 * x, x, -2.302208198144325)))
+        x = x * root * root
     elif ACTIVATION == "gelu":
         x = 0.5 * x * (1.0 + gl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "quick_gelu":
-        x = x / (1.0 + gl.exp2(-1.4426950408889634 * 1.702 * x))
+        root = gl.rsqrt(1.0 + gl.exp2(-2.4554669595930157 * x))
+        x = x * root * root
     elif ACTIVATION == "silu":
-        x = x / (1.0 + gl.exp2(-1.4426950408889634 * x))
+        root = gl.rsqrt(1.0 + gl.exp2(-1.4426950408889634 * x))
+        x = x * root * root
     return x
 
 
@@ -59,7 +62,7 @@ def pairs(x):
 
 
 @gluon.jit
-def store_linear(y, row, column, rows, N, row_side, column_side, operands, OPTIONS: gl.constexpr):
+def store_linear(y, row, column, rows, N, row_side, column_side, operands, OPTIONS: gl.constexpr, WARPS: gl.constexpr):
     """activation(norm(x) @ W.T + b) into y [rows, N], or [rows, N / 2] if gated."""
     y_ptr, source_ptr = operands
     ACTIVATION: gl.constexpr = OPTIONS[0]
@@ -67,7 +70,8 @@ def store_linear(y, row, column, rows, N, row_side, column_side, operands, OPTIO
     LIMIT: gl.constexpr = OPTIONS[2]
     SCATTER: gl.constexpr = OPTIONS[3]
     NORMED: gl.constexpr = OPTIONS[4]
-    y = normalise(y, row_side, column_side, NORMED)
+    CENTRED: gl.constexpr = OPTIONS[5]
+    y = normalise(y, row_side, column_side, NORMED, CENTRED)
     if GATED:
         gate, up = pairs(y)
         if LIMIT is not None:
@@ -76,7 +80,8 @@ def store_linear(y, row, column, rows, N, row_side, column_side, operands, OPTIO
         column, N = column // 2, N // 2
     else:
         y = activate(y, ACTIVATION)
-    layout: gl.constexpr = STORE_HALF if GATED else STORE
+    ACROSS: gl.constexpr = 4 if GATED else 8  # threads along a row
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
     y = gl.convert_layout(y.to(y_ptr.dtype.element_ty), layout)
     index = gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, layout))
     columns = column + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, layout))
@@ -90,10 +95,13 @@ def store_linear(y, row, column, rows, N, row_side, column_side, operands, OPTIO
 
 
 @gluon.jit
-def store_residual(y, row, column, rows, N, row_side, column_side, operands, OPTIONS: gl.constexpr):
+def store_residual(
+    y, row, column, rows, N, row_side, column_side, operands, OPTIONS: gl.constexpr, WARPS: gl.constexpr
+):
     """x + a @ W.T + b into out [rows, N], and the sums of its row and of its squares over these 64 columns."""
     out_ptr, sums_ptr, x_ptr, capacity = operands
     PARTS: gl.constexpr = OPTIONS[0]
+    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     layout: gl.constexpr = y.type.layout
     index = gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, STORE))
     columns = column + gl.arange(0, 64, layout=gl.SliceLayout(0, STORE))
@@ -131,14 +139,16 @@ def rotate(y, row_side, column_side):
 
 
 @gluon.jit
-def store_qkv(y, row, column, rows, N, row_side, column_side, operands, OPTIONS: gl.constexpr):
+def store_qkv(y, row, column, rows, N, row_side, column_side, operands, OPTIONS: gl.constexpr, WARPS: gl.constexpr):
     """rope(norm(x) @ W.T + b), heads first: y [heads, capacity, STRIDE], a one and zeros behind a head."""
     y_ptr, capacity = operands
     HEAD_DIM: gl.constexpr = OPTIONS[0]
     STRIDE: gl.constexpr = OPTIONS[1]
     ROTATED: gl.constexpr = OPTIONS[2]
+    CENTRED: gl.constexpr = OPTIONS[3]
+    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     dtype: gl.constexpr = y_ptr.dtype.element_ty
-    y = normalise(y, row_side, column_side, True)
+    y = normalise(y, row_side, column_side, True, CENTRED)
     if column < ROTATED:
         y = rotate(y, row_side, column_side)
     stored = gl.convert_layout(y.to(dtype), STORE)

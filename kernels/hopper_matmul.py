@@ -1,7 +1,7 @@
-"""The matmuls on Hopper in Gluon: warps that load and prepare, and warpgroups that multiply and have epilogues.
+"""The matmuls on Hopper in Gluon: warps that load and prepare, and warps that multiply and have epilogues.
 
-Either all warpgroups share a tile, or each has a tile of its own and they take turns at the tensor cores, so that
-one's epilogue runs under another's main loop (CUTLASS's "cooperative" and "ping-pong" schedules). It does only as long
+Either those share a tile, or two groups have tiles of their own and take turns at the tensor cores, so that one's
+epilogue runs under the other's main loop (CUTLASS's "cooperative" and "ping-pong" schedules). It does only as long
 as it is the shorter of the two, so warps of their own put what epilogues need of a tile's rows and columns into shared
 memory; one more loads the operands by TMA. A tile of 192 columns is two matmuls a step, 128 and 64 wide, since Gluon's
 tensors are powers of two. Programs are as many as multiprocessors and read the count of rows on the device.
@@ -27,20 +27,20 @@ Vectors = tuple[torch.Tensor | None, ...]
 
 def hopper_matmul(
     a: torch.Tensor, weight: torch.Tensor, epilogue: Any, operands: tuple[Any, ...], options: tuple[Any, ...], *,
-    columns: Vectors, places: torch.Tensor | None = None, moments: tuple[torch.Tensor | None, float, int, bool],
+    columns: Vectors, places: torch.Tensor | None = None, moments: tuple[torch.Tensor | None, float, bool],
     config: HopperConfig, programs: int, count: torch.Tensor,
 ) -> None:  # fmt: skip
     """epilogue(a @ weight.T) in 16 bits: a [rows, depth], weight [columns, depth], of the rows that count[0] holds.
 
-    epilogue: a Gluon function of a tile's piece, `operands` and `options`. What it finds in shared memory: of rows, the
-    mean and 1/std by `moments` (sums, eps, merge, centred) and `places` [2, rows]; of columns, the vectors `columns`:
+    epilogue: a Gluon function of a tile's piece, `operands` and `options`. What it finds in shared memory: of rows,
+    1/std and -mean/std by `moments` (sums, eps, centred) and `places` [2, rows]; of columns, the vectors `columns`:
     bias, column sums, and frequencies [2, columns], all fp32 or None.
     """
     (rows, depth), dtype = a.shape, _DTYPES[a.dtype]
-    sums, eps, merge, centred = moments
+    sums, eps, centred = moments
     first = 1 << (config.block_n.bit_length() - 1)
     rest = config.block_n - first
-    group_rows = config.block_m if config.alternate else config.block_m // config.groups
+    group_rows = config.block_m // (3 if config.groups == 3 else 1)
 
     def boxes(matrix: torch.Tensor, height: int) -> TensorDescriptor:
         layout = gl.NVMMASharedLayout.get_default_for([height, BLOCK_K], dtype)
@@ -51,10 +51,10 @@ def hopper_matmul(
         boxes(a, group_rows), boxes(weight, first), boxes(weight, rest or first),
         operands, columns, places, sums, count, len(weight), depth, 0 if sums is None else sums.shape[2], eps,
         EPILOGUE=epilogue, OPTIONS=options,
-        PARTS=0 if sums is None else sums.shape[1], MERGE=merge, CENTRED=centred,
-        ROWS=group_rows, FIRST=first, REST=rest, GROUPS=config.groups, ALTERNATE=config.alternate,
+        PARTS=0 if sums is None else sums.shape[1], CENTRED=centred,
+        ROWS=group_rows, FIRST=first, REST=rest, GROUPS=config.groups,
         BUFFERS=config.buffers, PROGRAMS=min(programs, tiles), DTYPE=dtype,
-        num_warps=4, maxnreg=128,
+        num_warps=8 if config.groups == 1 else 4, maxnreg=168 if config.groups == 1 else 128,
     )  # fmt: skip
 
 
@@ -101,31 +101,29 @@ def vector_of(ptr, offs, end):
 
 
 @gluon.jit
-def row_moments(
-    sums_ptr, offs, rows, capacity, width, eps, PARTS: gl.constexpr, MERGE: gl.constexpr, CENTRED: gl.constexpr
-):
-    """Mean and 1/std of rows, as in device.row_moments: the same sums in the same order."""
+def row_moments(sums_ptr, offs, rows, capacity, width, eps, PARTS: gl.constexpr, CENTRED: gl.constexpr):
+    """1/std and -mean/std of rows, as in device.row_moments: the same sums in the same order."""
     layout: gl.constexpr = offs.type.layout
     inside = offs < rows
     total = gl.zeros([offs.shape[0]], gl.float32, layout)
     square = gl.zeros([offs.shape[0]], gl.float32, layout)
     for first in range(0, PARTS, 6):  # as many loads in flight as registers hold
         for part in gl.static_range(6):
-            sums = sums_ptr + (first + part) * capacity + offs * MERGE
+            sums = sums_ptr + (first + part) * capacity + offs
             wanted = inside & (first + part < PARTS)
-            for i in gl.static_range(MERGE):
-                total += gl.load(sums + i, mask=wanted, other=0.0)
-                square += gl.load(sums + PARTS * capacity + i, mask=wanted, other=0.0)
+            total += gl.load(sums, mask=wanted, other=0.0)
+            square += gl.load(sums + PARTS * capacity, mask=wanted, other=0.0)
     mean = total / width
     if not CENTRED:
         mean = gl.zeros([offs.shape[0]], gl.float32, layout)
-    return mean, gl.rsqrt(gl.maximum(square / width - mean * mean, 0.0) + eps)
+    rstd = gl.rsqrt(gl.maximum(square / width - mean * mean, 0.0) + eps)
+    return rstd, -(mean * rstd)
 
 
 @gluon.jit
 def prepare_vectors(
     numbers, vectors,
-    PARTS: gl.constexpr, MERGE: gl.constexpr, CENTRED: gl.constexpr,
+    PARTS: gl.constexpr, CENTRED: gl.constexpr,
     ROWS: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr, SETS: gl.constexpr, SHARING: gl.constexpr,
     PROGRAMS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -154,9 +152,9 @@ def prepare_vectors(
                 y = vector_of(places_ptr, offs, rows)
                 x = vector_of(places_ptr, capacity + offs, capacity + rows)
             if PARTS > 0:
-                mean, rstd = row_moments(sums_ptr, offs, rows, capacity, K, eps, PARTS, MERGE, CENTRED)
-                row_side.index(at).store(mean)
-                row_side.index(at + 1).store(rstd)
+                rstd, shift = row_moments(sums_ptr, offs, rows, capacity, K, eps, PARTS, CENTRED)
+                row_side.index(at).store(rstd)
+                row_side.index(at + 1).store(shift)
             if places_ptr is not None:
                 row_side.index(at + 2).store(y)
                 row_side.index(at + 3).store(x)
@@ -170,20 +168,22 @@ def prepare_vectors(
 @gluon.jit
 def multiply(
     numbers, shared, vectors, turns, GROUP_ID: gl.constexpr, EPILOGUE: gl.constexpr, OPTIONS: gl.constexpr,
-    ROWS: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr, GROUPS: gl.constexpr, ALTERNATE: gl.constexpr,
+    ROWS: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr, GROUPS: gl.constexpr,
     BUFFERS: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: its tiles, or its rows of the shared ones."""
+    """A group: its tiles, or its rows of the shared ones."""
     operands, _, _, _, rows, N, K, _, _ = numbers
     a, b, b_rest, full, empty = shared
     row_side, column_side, ready, used = vectors
-    SHARING: gl.constexpr = 1 if ALTERNATE else GROUPS
+    ALTERNATE: gl.constexpr = GROUPS == 2
+    SHARING: gl.constexpr = 3 if GROUPS == 3 else 1
     OWN: gl.constexpr = GROUP_ID if ALTERNATE else 0  # first tile of this group, in programs
     PART: gl.constexpr = 0 if ALTERNATE else GROUP_ID  # of a tile's rows
     STRIDE: gl.constexpr = GROUPS * PROGRAMS if ALTERNATE else PROGRAMS
     PIECES: gl.constexpr = (FIRST + REST) // 64
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FIRST, 16])
-    layout_rest: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, REST if REST > 0 else 16, 16])
+    WARPS: gl.constexpr = 8 if GROUPS == 1 else 4
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, FIRST, 16])
+    layout_rest: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, REST if REST > 0 else 16, 16])
     tiles_n = gl.cdiv(N, FIRST + REST)
     steps = gl.cdiv(K, 64)
     step = OWN * steps
@@ -219,24 +219,12 @@ def multiply(
 
         mbarrier.wait(ready.index(OWN), turn & 1)
         own_rows = (row_side, (OWN * SHARING + PART) * 4)
-        if FIRST == 128:
-            left, right = halves(acc)
-            EPILOGUE(left, row, column, rows, N, own_rows, (column_side, OWN * PIECES * 4), operands, OPTIONS)
-            EPILOGUE(right, row, column + 64, rows, N, own_rows, (column_side, OWN * PIECES * 4 + 4), operands, OPTIONS)
-        else:
-            EPILOGUE(acc, row, column, rows, N, own_rows, (column_side, OWN * PIECES * 4), operands, OPTIONS)
+        pieces = halves(acc) if FIRST == 128 else (acc,)
         if REST > 0:
-            EPILOGUE(
-                acc_rest,
-                row,
-                column + FIRST,
-                rows,
-                N,
-                own_rows,
-                (column_side, (OWN + 1) * PIECES * 4 - 4),
-                operands,
-                OPTIONS,
-            )
+            pieces += (acc_rest,)
+        for i in gl.static_range(PIECES):
+            own_columns = (column_side, (OWN * PIECES + i) * 4)
+            EPILOGUE(pieces[i], row, column + i * 64, rows, N, own_rows, own_columns, operands, OPTIONS, WARPS)
         mbarrier.arrive(used.index(OWN), count=1)
         turn += 1
 
@@ -247,13 +235,14 @@ def hopper_matmul_kernel(
     operands, columns, places_ptr,             # of the epilogue; fp32 [N] each; fp32 [2, capacity]
     sums_ptr, count_ptr,                       # fp32 [2, PARTS, capacity]; rows at [0]
     N, K, capacity, eps,
-    EPILOGUE: gl.constexpr, OPTIONS: gl.constexpr, PARTS: gl.constexpr, MERGE: gl.constexpr, CENTRED: gl.constexpr,
-    ROWS: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr, GROUPS: gl.constexpr, ALTERNATE: gl.constexpr,
+    EPILOGUE: gl.constexpr, OPTIONS: gl.constexpr, PARTS: gl.constexpr, CENTRED: gl.constexpr,
+    ROWS: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr, GROUPS: gl.constexpr,
     BUFFERS: gl.constexpr, PROGRAMS: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     rows = gl.load(count_ptr)
-    SHARING: gl.constexpr = 1 if ALTERNATE else GROUPS
-    SETS: gl.constexpr = GROUPS if ALTERNATE else 1  # of vectors: a tile's
+    ALTERNATE: gl.constexpr = GROUPS == 2
+    SHARING: gl.constexpr = 3 if GROUPS == 3 else 1
+    SETS: gl.constexpr = 2 if ALTERNATE else 1  # of vectors: a tile's
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     a = gl.allocate_shared_memory(DTYPE, [BUFFERS * SHARING, ROWS, 64], a_desc.layout)
     b = gl.allocate_shared_memory(DTYPE, [BUFFERS, FIRST, 64], b_desc.layout)
@@ -279,47 +268,64 @@ def hopper_matmul_kernel(
     shared = (a, b, b_rest, full, empty)
     vectors = (row_side, column_side, ready, used)
     numbers = (operands, columns, places_ptr, sums_ptr, rows, N, K, capacity, eps)
-    if GROUPS == 2:
+    if GROUPS == 1:
         gl.warp_specialize(
             [
                 (multiply, (
                     numbers, shared, vectors, turns, 0, EPILOGUE, OPTIONS,
-                    ROWS, FIRST, REST, GROUPS, ALTERNATE, BUFFERS, PROGRAMS,
-                )),
-                (multiply, (
-                    numbers, shared, vectors, turns, 1, EPILOGUE, OPTIONS,
-                    ROWS, FIRST, REST, GROUPS, ALTERNATE, BUFFERS, PROGRAMS,
+                    ROWS, FIRST, REST, GROUPS, BUFFERS, PROGRAMS,
                 )),
                 (load_operands, (
                     a_desc, b_desc, b_rest_desc, rows, N, K, shared, ROWS, FIRST, REST, SHARING, BUFFERS, PROGRAMS,
                 )),
                 (prepare_vectors, (
-                    numbers, vectors, PARTS, MERGE, CENTRED, ROWS, FIRST, REST, SETS, SHARING, PROGRAMS, 4,
+                    numbers, vectors, PARTS, CENTRED, ROWS, FIRST, REST, SETS, SHARING, PROGRAMS, 2,
                 )),
             ],
-            [4, 1, 4],  # warps of all but the first
-            [224, 24, 40],  # their registers a thread
+            [1, 2],  # warps of all but the first
+            [56, 56],  # their registers a thread
+        )  # fmt: skip
+    elif GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (multiply, (
+                    numbers, shared, vectors, turns, 0, EPILOGUE, OPTIONS,
+                    ROWS, FIRST, REST, GROUPS, BUFFERS, PROGRAMS,
+                )),
+                (multiply, (
+                    numbers, shared, vectors, turns, 1, EPILOGUE, OPTIONS,
+                    ROWS, FIRST, REST, GROUPS, BUFFERS, PROGRAMS,
+                )),
+                (load_operands, (
+                    a_desc, b_desc, b_rest_desc, rows, N, K, shared, ROWS, FIRST, REST, SHARING, BUFFERS, PROGRAMS,
+                )),
+                (prepare_vectors, (
+                    numbers, vectors, PARTS, CENTRED, ROWS, FIRST, REST, SETS, SHARING, PROGRAMS, 4,
+                )),
+            ],
+            [4, 1, 4],
+            [224, 24, 40],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
                 (multiply, (
                     numbers, shared, vectors, turns, 0, EPILOGUE, OPTIONS,
-                    ROWS, FIRST, REST, GROUPS, ALTERNATE, BUFFERS, PROGRAMS,
+                    ROWS, FIRST, REST, GROUPS, BUFFERS, PROGRAMS,
                 )),
                 (multiply, (
                     numbers, shared, vectors, turns, 1, EPILOGUE, OPTIONS,
-                    ROWS, FIRST, REST, GROUPS, ALTERNATE, BUFFERS, PROGRAMS,
+                    ROWS, FIRST, REST, GROUPS, BUFFERS, PROGRAMS,
                 )),
                 (multiply, (
                     numbers, shared, vectors, turns, 2, EPILOGUE, OPTIONS,
-                    ROWS, FIRST, REST, GROUPS, ALTERNATE, BUFFERS, PROGRAMS,
+                    ROWS, FIRST, REST, GROUPS, BUFFERS, PROGRAMS,
                 )),
                 (load_operands, (
                     a_desc, b_desc, b_rest_desc, rows, N, K, shared, ROWS, FIRST, REST, SHARING, BUFFERS, PROGRAMS,
                 )),
                 (prepare_vectors, (
-                    numbers, vectors, PARTS, MERGE, CENTRED, ROWS, FIRST, REST, SETS, SHARING, PROGRAMS, 1,
+                    numbers, vectors, PARTS, CENTRED, ROWS, FIRST, REST, SETS, SHARING, PROGRAMS, 1,
                 )),
             ],
             [4, 4, 1, 1],

@@ -1,9 +1,6 @@
 """Linear: y = activation(norm(x) @ W.T + b) with the norm folded in: an MLP's first half, and the linears of a merger.
 
 A gated MLP has the rows of W in pairs (gate, up), and y = activation(gate) * up is half as wide.
-
-`merge` adjacent rows of x are read as one row (patches merge for free: their rows are neighbours). The norm is over
-each of `groups` pieces of that row: groups == merge normalises every patch, 1 the merged row, 0 nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .config import device_arch, gemm_config, hopper_config, multiprocessors, precision, wide
-from .device import activate, glu, matmul_tile, row_moments, tile_of
+from .device import activate, glu, matmul_tile, normalise, row_moments, tile_of
 from .qkv import moments_ref
 
 
@@ -36,8 +33,6 @@ def linear_ref(
     bias: torch.Tensor,
     colsum: torch.Tensor | None,
     *,
-    merge: int,
-    groups: int,
     eps: float,
     centred: bool,
     activation: str,
@@ -45,16 +40,15 @@ def linear_ref(
     limit: float | None,
     scatter: int = 1,
 ) -> torch.Tensor:
-    """[rows / merge, columns] from x [rows, width], sums [2, parts, rows], weight [columns, merge * width].
+    """[rows, columns] from x [rows, depth], weight [columns, depth]; through a norm if there are sums [2, parts, rows].
 
     With a source, row i is stored at source[i * scatter] / scatter: `scatter` rows of the tower became one of y.
     """
-    pieces, depth = max(groups, 1), weight.shape[1] // max(groups, 1)
-    y = torch.einsum("mgk,ngk->mgn", wide(x).reshape(-1, pieces, depth), wide(weight).view(-1, pieces, depth))
+    y = F.linear(wide(x), wide(weight))
     if sums is not None and colsum is not None:
-        mean, rstd = (t.view(-1, pieces, 1) for t in moments_ref(sums, depth, eps, centred, merge // pieces))
-        y = rstd * (y - mean * colsum)
-    y = y.sum(1) + bias
+        mean, rstd = moments_ref(sums, x.shape[1], eps, centred)
+        y = rstd[:, None] * (y - mean[:, None] * colsum)
+    y = y + bias
     if gated:
         gate, up = y.unflatten(1, (-1, 2)).unbind(-1)
         if limit is not None:
@@ -75,8 +69,6 @@ def linear(
     bias: torch.Tensor,
     colsum: torch.Tensor | None,
     *,
-    merge: int,
-    groups: int,
     eps: float,
     centred: bool,
     activation: str,
@@ -87,29 +79,25 @@ def linear(
 ) -> None:
     """Launch over the rows of y that count[0] holds."""
     rows, (columns, depth) = y.shape[0], weight.shape
-    op = "merger" if merge > 1 or activation == "gelu" else "gated" if gated else "linear"  # erf spills in wide tiles
+    op = "merger" if activation == "gelu" else "gated" if gated else "linear"  # erf spills in wide tiles
     arch, programs = device_arch(x.device), multiprocessors(x.device)
-    hopper = hopper_config(op, rows, columns, x.dtype, arch, programs) if groups <= 1 else None
+    hopper = hopper_config(op, rows, columns, depth, x.dtype, arch, programs)
     if hopper:
         from .hopper_epilogues import store_linear  # another triton may not have what it imports
         from .hopper_matmul import hopper_matmul
 
-        merged = x.flatten()[: rows * depth].view(rows, depth)  # a bucket need not hold a whole number of merged rows
         hopper_matmul(
-            merged, weight, store_linear, (y, source), (activation, gated, limit, scatter, groups > 0),
-            columns=(bias, colsum if groups else None, None, None),
-            moments=(sums if groups else None, eps, merge, centred),
+            x, weight, store_linear, (y, source), (activation, gated, limit, scatter, sums is not None, centred),
+            columns=(bias, colsum, None, None), moments=(sums, eps, centred),
             config=hopper, programs=programs, count=count,
         )  # fmt: skip
         return
     c = gemm_config(op, rows, x.dtype, arch)
-    per_group = depth // max(groups, 1)
     linear_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(columns, c.block_n),)](
         y, x, sums, source, weight, bias, colsum, count,
-        columns, depth, per_group, 0 if sums is None else sums.shape[2], eps,
-        MERGE=merge, GROUPS=groups, PARTS=0 if sums is None else sums.shape[1], CENTRED=centred, ACTIVATION=activation,
-        GATED=gated, LIMIT=limit, SCATTER=scatter,
-        EVEN_K=per_group % c.block_k == 0, PRECISION=precision(x.dtype),
+        columns, depth, 0 if sums is None else sums.shape[2], eps,
+        PARTS=0 if sums is None else sums.shape[1], CENTRED=centred, ACTIVATION=activation,
+        GATED=gated, LIMIT=limit, SCATTER=scatter, EVEN_K=depth % c.block_k == 0, PRECISION=precision(x.dtype),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
 
@@ -117,12 +105,12 @@ def linear(
 @triton.jit
 def linear_kernel(
     y_ptr,                                     # [rows, N], or [rows, N / 2] if GATED
-    x_ptr, sums_ptr,                           # [rows, K] (MERGE rows of the buffer in one), fp32 [2, PARTS, capacity]
+    x_ptr, sums_ptr,                           # [rows, K], fp32 [2, PARTS, capacity] or None
     source_ptr,                                # int32, or None: row i is stored at source[i * SCATTER] / SCATTER
-    weight_ptr, bias_ptr, colsum_ptr,          # [N, K], fp32 [N], fp32 [GROUPS, N]
+    weight_ptr, bias_ptr, colsum_ptr,          # [N, K], fp32 [N], fp32 [N] or None
     count_ptr,                                 # rows at [0]
-    N, K, per_group, capacity, eps,
-    MERGE: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, CENTRED: tl.constexpr, ACTIVATION: tl.constexpr,
+    N, K, capacity, eps,
+    PARTS: tl.constexpr, CENTRED: tl.constexpr, ACTIVATION: tl.constexpr,
     GATED: tl.constexpr, LIMIT: tl.constexpr, SCATTER: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -133,25 +121,13 @@ def linear_kernel(
         return
     mask_m, mask_n = offs_m < rows, offs_n < N
     row, column = tl.where(mask_m, offs_m, 0), tl.where(mask_n, offs_n, 0)
-    bias = tl.load(bias_ptr + column)[None, :]
-    if GROUPS == 0:
-        y = matmul_tile(x_ptr, weight_ptr, row, column, 0, K, K, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
-    elif GROUPS == 1:
-        mean, rstd = row_moments(sums_ptr, row * MERGE, capacity, K, eps, PARTS, MERGE, CENTRED)
-        y = matmul_tile(x_ptr, weight_ptr, row, column, 0, K, K, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
-        y = rstd[:, None] * (y - mean[:, None] * tl.load(colsum_ptr + column)[None, :])
+    bias = tl.load(bias_ptr + column)
+    y = matmul_tile(x_ptr, weight_ptr, row, column, 0, K, K, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
+    if PARTS > 0:
+        rstd, shift = row_moments(sums_ptr, row, capacity, K, eps, PARTS, CENTRED)
+        y = normalise(y, rstd, shift, tl.load(colsum_ptr + column), bias)
     else:
-        y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for group in range(GROUPS):
-            piece = matmul_tile(
-                x_ptr, weight_ptr, row, column, group * per_group, per_group, K, K,
-                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
-            )  # fmt: skip
-            first = row * MERGE + group * (MERGE // GROUPS)
-            mean, rstd = row_moments(sums_ptr, first, capacity, per_group, eps, PARTS, MERGE // GROUPS, CENTRED)
-            colsum = tl.load(colsum_ptr + group * N + column)[None, :]
-            y += rstd[:, None] * (piece - mean[:, None] * colsum)
-    y += bias
+        y += bias[None, :]
     if GATED:
         y = glu(y, ACTIVATION, LIMIT, BLOCK_M, BLOCK_N)
         offs_n, width = tl.min(offs_n, 0) // 2 + tl.arange(0, BLOCK_N // 2), N // 2

@@ -6,26 +6,21 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import SUM_COLUMNS, wide
-from .device import store_row_sums
-from .patch_embed import row_sums_ref
+from .config import wide
 from .unfold import FIELDS, HEADER, IMAGES, find_image
 
 
-def pool_ref(
-    x: torch.Tensor, source: torch.Tensor | None, table: torch.Tensor, *, patches: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[merged, patches, width] from x [rows, width], whose row i is stored at source[i], and the row sums of that."""
+def pool_ref(x: torch.Tensor, source: torch.Tensor | None, table: torch.Tensor, *, patches: int) -> torch.Tensor:
+    """[merged, patches, width] from x [rows, width], whose row i is stored at source[i]."""
     ordered = wide(x if source is None else x[source.long()])
     clips = table[HEADER:].view(-1, FIELDS)[: int(table[IMAGES])].tolist()
     parts = ordered.split([t * h * w for t, h, w, *_ in clips])
-    y = torch.cat([part.unflatten(0, (c[0], -1)).mean(0) for part, c in zip(parts, clips, strict=True)]).to(x.dtype)
-    return y.unflatten(0, (-1, patches)), row_sums_ref(y)
+    means = [part.unflatten(0, (c[0], -1)).mean(0) for part, c in zip(parts, clips, strict=True)]
+    return torch.cat(means).to(x.dtype).view(-1, patches, x.shape[1])
 
 
 def pool(
     y: torch.Tensor,
-    sums: torch.Tensor | None,
     x: torch.Tensor,
     source: torch.Tensor | None,
     table: torch.Tensor,
@@ -33,25 +28,22 @@ def pool(
     patches: int,
     count: torch.Tensor,
 ) -> None:
-    """Launch over count[0] merged rows. y is [merged, patches, width], sums [2, ceil(width / 64), rows]."""
+    """Launch over count[0] merged rows. y is [merged, patches, width]."""
     images, width = (table.numel() - HEADER) // FIELDS, x.shape[1]
     pool_kernel[(y.shape[0] * patches,)](
-        y, sums, x, source, table, count,
-        width, 0 if sums is None else sums.shape[2],
-        PATCHES=patches, PARTS=0 if sums is None else sums.shape[1], SUM_COLUMNS=SUM_COLUMNS,
-        SEARCH_STEPS=images.bit_length(), HEADER=HEADER, FIELDS=FIELDS,
-        BLOCK_N=max(SUM_COLUMNS, triton.next_power_of_2(width)), num_warps=4,
+        y, x, source, table, count, width,
+        PATCHES=patches, SEARCH_STEPS=images.bit_length(), HEADER=HEADER, FIELDS=FIELDS,
+        BLOCK_N=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
 def pool_kernel(
-    y_ptr, sums_ptr,                           # [merged, PATCHES, N], fp32 [2, PARTS, capacity] or None
+    y_ptr,                                     # [merged, PATCHES, N]
     x_ptr, source_ptr,                         # [capacity, N], int32 [capacity] or None: where row i is stored
     table_ptr, count_ptr,                      # int32; merged rows at count[0]
-    N, capacity,
-    PATCHES: tl.constexpr, PARTS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
-    SEARCH_STEPS: tl.constexpr, HEADER: tl.constexpr, FIELDS: tl.constexpr, BLOCK_N: tl.constexpr,
+    N, PATCHES: tl.constexpr, SEARCH_STEPS: tl.constexpr, HEADER: tl.constexpr, FIELDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     merged = tl.program_id(0) // PATCHES
     if merged >= tl.load(count_ptr):
@@ -68,7 +60,3 @@ def pool_kernel(
         row += frame
     y = (total / frames).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + tl.program_id(0).to(tl.int64) * N + offs_n, y, mask=mask)
-    if sums_ptr is not None:
-        out = tl.program_id(0) + tl.arange(0, 1)
-        y = tl.where(mask, y.to(tl.float32), 0.0)[None, :]
-        store_row_sums(sums_ptr, y, out, out >= 0, 0, N, capacity, PARTS, 1, BLOCK_N, SUM_COLUMNS)

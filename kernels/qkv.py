@@ -12,14 +12,12 @@ import triton
 import triton.language as tl
 
 from .config import device_arch, gemm_config, hopper_config, multiprocessors, precision, wide
-from .device import cos_sin, matmul_tile, row_moments, tile_of
+from .device import cos_sin, matmul_tile, normalise, row_moments, tile_of
 
 
-def moments_ref(
-    sums: torch.Tensor, width: int, eps: float, centred: bool, rows: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and 1/std [T / rows] of `rows` adjacent rows taken as one of `width` numbers, from sums [2, parts, T]."""
-    total, square = sums.sum(1).unflatten(1, (-1, rows)).sum(-1) / width
+def moments_ref(sums: torch.Tensor, width: int, eps: float, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and 1/std [rows] of rows of `width` numbers, from sums [2, parts, rows]."""
+    total, square = sums.sum(1) / width
     mean = total if centred else torch.zeros_like(total)
     return mean, torch.rsqrt((square - mean * mean).clamp(min=0) + eps)
 
@@ -89,15 +87,15 @@ def qkv(
     """Launch over the rows that count[0] holds. y is [heads, rows, stride]."""
     rows, (columns, width) = x.shape[0], weight.shape
     arch, programs = device_arch(x.device), multiprocessors(x.device)
-    hopper = hopper_config("qkv", rows, columns, x.dtype, arch, programs) if gain is None else None
+    hopper = hopper_config("qkv", rows, columns, width, x.dtype, arch, programs) if gain is None else None
     if hopper:
         from .hopper_epilogues import store_qkv  # another triton may not have what it imports
         from .hopper_matmul import hopper_matmul
 
         hopper_matmul(
-            x, weight, store_qkv, (y, rows), (head_dim, y.shape[2], rotated * head_dim),
+            x, weight, store_qkv, (y, rows), (head_dim, y.shape[2], rotated * head_dim, centred),
             columns=(bias, colsum, *(frequencies if frequencies is not None else (None, None))), places=places,
-            moments=(sums, eps, 1, centred), config=hopper, programs=programs, count=count,
+            moments=(sums, eps, centred), config=hopper, programs=programs, count=count,
         )  # fmt: skip
         return
     c = gemm_config("qkv", rows, x.dtype, arch)
@@ -129,12 +127,9 @@ def qkv_kernel(
         return
     mask_m, mask_n = offs_m < rows, offs_n < N
     row, column = tl.where(mask_m, offs_m, 0), tl.where(mask_n, offs_n, 0)
-    mean, rstd = row_moments(sums_ptr, row, capacity, K, eps, PARTS, 1, CENTRED)
+    rstd, shift = row_moments(sums_ptr, row, capacity, K, eps, PARTS, CENTRED)
     y = matmul_tile(x_ptr, weight_ptr, row, column, 0, K, K, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
-    y = (
-        rstd[:, None] * (y - mean[:, None] * tl.load(colsum_ptr + column)[None, :])
-        + tl.load(bias_ptr + column)[None, :]
-    )
+    y = normalise(y, rstd, shift, tl.load(colsum_ptr + column), tl.load(bias_ptr + column))
 
     if NORMED > 0:  # a tile holds whole heads
         heads = tl.reshape(y, (BLOCK_M, BLOCK_N // HEAD_DIM, HEAD_DIM))

@@ -16,13 +16,14 @@ from typer.testing import CliRunner
 import fused_vit
 from fused_vit.buckets import Bucket
 from fused_vit.errors import InputError
+from fused_vit.kernels import config, linear, qkv, residual
 from fused_vit.packing import items
 from fused_vit.plan import Step, build_plan, cost
 from fused_vit.spec import TowerSpec
 from fused_vit.towers import parse_config
 
 pytest.importorskip("transformers")
-from bench import encoder, kernels, peers, report, steps, timing, tune
+from bench import blocks, encoder, kernels, peers, report, steps, timing, tune
 from bench.assembly import Assembly
 from bench.cases import CASES, FILL, PEERS, partly, rectangle
 from tests.families import FAMILIES, build
@@ -472,3 +473,23 @@ def test_outside_a_checkout_it_says_how_to_get_one(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "fused_vit" / "cli.py"))
     result = run("encoder")
     assert result.exit_code == 1 and result.stderr.count("\n") == 1 and "checkout of its source" in result.stderr
+
+
+def test_medians_by_place_in_a_round() -> None:
+    assert blocks.medians([1.0, 10.0, 3.0, 30.0, 2.0, 20.0], 2) == [2.0, 20.0]
+    with pytest.raises(ValueError, match="no multiple"):
+        blocks.medians([1.0, 2.0, 3.0], 2)
+
+
+def test_the_fastest_form_of_every_step() -> None:
+    rows = [
+        {"case": "a", "form": "tall", "qkv": 2.0, "fc1": 5.0},
+        {"case": "a", "form": "deep", "qkv": 3.0, "fc1": 4.0},
+    ]
+    assert [list(column.cells) for column in blocks.best(rows).columns] == [["a"], ["2.0 tall"], ["4.0 deep"]]
+
+
+def test_every_form_of_the_table_is_timed_and_every_matmul_can_be_forced_into_it() -> None:
+    assert set(blocks.FORMS.values()) == {form for forms in config._HOPPER.values() for form in forms}
+    with blocks.forced(blocks.FORMS["deep"]):
+        assert all(module.hopper_config() is blocks.FORMS["deep"] for module in (linear, qkv, residual))

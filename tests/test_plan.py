@@ -18,7 +18,7 @@ from tests.kernels import resources
 UNFOLD = "merge=2 raster=False class_token=False window=0 side=6 align_corners=True taps=4"
 PLAIN = "gated=False limit=None"
 LISTING = """\
-10 launches over 14 buffers
+13 launches over 15 buffers
   table        [table] int32
   pixels       [rows, 96] model
   places       [2, rows] float32
@@ -30,6 +30,7 @@ LISTING = """\
   qkv          [6, rows, 16] model
   context      [rows, 32] model
   hidden       [rows, 64] model
+  normed       [merged, 128] model
   merging      [merged, 128] model
   pooled       [merged, 24] model
   deepstack.0  [merged, 24] model
@@ -38,12 +39,14 @@ LISTING = """\
   block.0.qkv        qkv = qkv(x, sums, places) head_dim=16 rotated=4 normed=0 head_eps=0.0 eps=1e-06 centred=True
   block.0.attention  context = attention(qkv, tiles) heads=2 head_dim=16 windowed=False
   block.0.proj       x, sums = residual(x, context)
-  block.0.fc1        hidden = linear(x, sums) merge=1 groups=1 eps=1e-06 centred=True activation=gelu_tanh PLAIN
+  block.0.fc1        hidden = linear(x, sums) eps=1e-06 centred=True activation=gelu_tanh PLAIN
   block.0.fc2        x, sums = residual(x, hidden)
-  deepstack.0.fc1    merging = linear(x, sums) merge=4 groups=1 eps=1e-06 centred=True activation=gelu PLAIN
-  deepstack.0.fc2    deepstack.0 = linear(merging) merge=1 groups=0 eps=0.0 centred=True activation=none PLAIN
-  merger.fc1         merging = linear(x, sums) merge=4 groups=4 eps=1e-06 centred=True activation=gelu PLAIN
-  merger.fc2         pooled = linear(merging) merge=1 groups=0 eps=0.0 centred=True activation=none PLAIN"""
+  deepstack.0.norm   normed = norm(x) eps=1e-06 centred=True activation=none merge=4 groups=1
+  deepstack.0.fc1    merging = linear(normed) eps=0.0 centred=True activation=gelu PLAIN
+  deepstack.0.fc2    deepstack.0 = linear(merging) eps=0.0 centred=True activation=none PLAIN
+  merger.norm        normed = norm(x) eps=1e-06 centred=True activation=none merge=4 groups=4
+  merger.fc1         merging = linear(normed) eps=0.0 centred=True activation=gelu PLAIN
+  merger.fc2         pooled = linear(merging) eps=0.0 centred=True activation=none PLAIN"""
 
 
 def spec_of(**vision: object) -> TowerSpec:
@@ -63,8 +66,8 @@ def test_the_listing() -> None:
 
 
 @pytest.mark.parametrize("spec", [spec_of(), spec_of(deepstack_visual_indexes=[])], ids=["8b", "no deepstack"])
-def test_five_launches_a_block_two_a_merger(spec: TowerSpec) -> None:
-    assert len(build_plan(spec).steps) == 2 + 5 * spec.depth + 2 * (1 + len(spec.deepstack))
+def test_five_launches_a_block_three_a_merger(spec: TowerSpec) -> None:
+    assert len(build_plan(spec).steps) == 2 + 5 * spec.depth + 3 * (1 + len(spec.deepstack))
 
 
 def test_costs_are_the_towers_arithmetic() -> None:

@@ -22,10 +22,9 @@ def fold_norm(
     return weight * gamma, shift if beta is None else shift + weight @ beta
 
 
-def column_sum(rounded: torch.Tensor, groups: int = 1) -> torch.Tensor:
-    """[groups, out] row sums of the weight as the kernel sees it: taken after rounding, so that the mean cancels."""
-    wide = rounded.double()
-    return wide.view(len(wide), groups, -1).sum(-1).T.contiguous()
+def column_sum(rounded: torch.Tensor) -> torch.Tensor:
+    """[out] row sums of the weight as the kernel sees it: taken after rounding, so that the mean cancels."""
+    return rounded.double().sum(1)
 
 
 def fold_softmax_scale(queries: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -40,9 +40,9 @@ def pack_tower(
     if spec.final_norm:
         packer.put_norm("final_norm", spec.final_norm)
     if isinstance(merger, MergerSpec):
-        packer.merger(merger, "merger", "merger", 0, groups=spec.patches)
+        packer.merger(merger, "merger", "merger", 0, spec.patches)
         for k in range(len(spec.deepstack)):
-            packer.merger(merger, "deepstack", f"deepstack.{k}", k, groups=1)
+            packer.merger(merger, "deepstack", f"deepstack.{k}", k, 1)
     elif isinstance(merger, ConvMergerSpec):
         packer.conv_merger(merger)
     return packer.packed
@@ -67,14 +67,14 @@ class _Packer:
     def norm(self, part: str, i: int, norm: NormSpec) -> Linear:
         return self.read(f"{part}.weight", i), self.read(f"{part}.bias", i) if norm.kind == "layer" else None
 
-    def put(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None, groups: int = 0) -> None:
-        """Round and store weight, bias and, for a folded norm, the column sums of the rounded weight per group."""
+    def put(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None, normed: bool = False) -> None:
+        """Round and store weight, bias and, for a folded norm, the column sums of the rounded weight."""
         rounded = weight.to(self.dtype, copy=True).contiguous()  # never a view of the file or of a live module
         shift = torch.zeros(len(weight), device=self.device) if bias is None else bias
         self.packed[f"{name}.weight"] = rounded
         self.packed[f"{name}.bias"] = shift.to(self.wide, copy=True).contiguous()
-        if groups:
-            self.packed[f"{name}.colsum"] = column_sum(rounded, groups).to(self.wide)
+        if normed:
+            self.packed[f"{name}.colsum"] = column_sum(rounded).to(self.wide)
 
     def put_norm(self, name: str, norm: NormSpec) -> None:
         """A norm that stays a step of its own."""
@@ -109,15 +109,15 @@ class _Packer:
     def block(self, i: int) -> None:
         spec, att, name = self.spec, self.spec.attention, f"block.{i}"
         qkv = fold_norm(*self.pair("block.qkv", i, att.bias), *self.norm("block.norm1", i, spec.norm))
-        self.put(f"{name}.qkv", self._heads(qkv[0]), self._heads(qkv[1]), groups=1)
+        self.put(f"{name}.qkv", self._heads(qkv[0]), self._heads(qkv[1]), normed=True)
         if att.qk_norm:
             self.packed[f"{name}.qkv.gain"] = self._gain(i).to(self.wide)
         self.put(f"{name}.proj", *self._scaled(self.pair("block.proj", i, att.bias), "block.scale1", i))
         fc1 = fold_norm(*self.pair("block.fc1", i, spec.mlp.bias), *self.norm("block.norm2", i, spec.norm))
         fc2 = self._scaled(self.pair("block.fc2", i, spec.mlp.bias), "block.scale2", i)
-        self.mlp(name, spec.mlp, fc1, fc2, groups=1)
+        self.mlp(name, spec.mlp, fc1, fc2, normed=True)
 
-    def mlp(self, name: str, mlp: MlpSpec, fc1: Linear, fc2: Linear, groups: int) -> None:
+    def mlp(self, name: str, mlp: MlpSpec, fc1: Linear, fc2: Linear, normed: bool = False) -> None:
         """Both halves, the width between them padded; a gate's rows next to their up rows."""
         pad = -mlp.width % PAD  # zero rows: activations of zero are zero, and meet zero columns of fc2
 
@@ -125,7 +125,7 @@ class _Packer:
             halves = [F.pad(t, (0,) * (2 * t.ndim - 1) + (pad,)) for t in tensor.split(mlp.width)]
             return pair_gates(torch.cat(halves)) if mlp.gated else halves[0]
 
-        self.put(f"{name}.fc1", rows(fc1[0]), None if fc1[1] is None else rows(fc1[1]), groups)
+        self.put(f"{name}.fc1", rows(fc1[0]), None if fc1[1] is None else rows(fc1[1]), normed)
         self.put(f"{name}.fc2", F.pad(fc2[0], (0, pad)), fc2[1])
 
     def _scaled(self, linear: Linear, part: str, i: int) -> Linear:
@@ -155,22 +155,21 @@ class _Packer:
 
     def merger(self, merger: MergerSpec, part: str, name: str, i: int, groups: int) -> None:
         """`groups` norms along a merged row: one per patch (gamma repeats), or one over the whole row."""
-        gamma, beta = self.norm(f"{part}.norm", i, merger.norm)
-        tiled = (gamma.repeat(groups), None if beta is None else beta.repeat(groups))
-        weight, shift = fold_norm(*self.pair(f"{part}.fc1", i), *tiled)
-        self.put(f"{name}.fc1", weight, shift, groups)
+        fc1 = fold_norm(*self.pair(f"{part}.fc1", i), *self._tiled(f"{part}.norm", i, merger.norm, groups))
+        self.put(f"{name}.fc1", *fc1)
         self.put(f"{name}.fc2", *self.pair(f"{part}.fc2", i))
+
+    def _tiled(self, part: str, i: int, norm: NormSpec, groups: int) -> Linear:
+        gamma, beta = self.norm(part, i, norm)
+        return gamma.repeat(groups), None if beta is None else beta.repeat(groups)
 
     def conv_merger(self, merger: ConvMergerSpec) -> None:
         """The convolution's weight [out, width * merge * merge] is [out, width, merge, merge] in the checkpoint."""
-        patches = self.spec.patches
-        gamma, beta = self.norm("merger.norm", 0, merger.norm)
         weight, bias = self.pair("merger.down", 0)
+        patches = self.spec.patches
         weight = weight.unflatten(1, (self.spec.width, patches)).transpose(1, 2).flatten(1)
-        tiled = (gamma.repeat(patches), None if beta is None else beta.repeat(patches))
-        weight, shift = fold_norm(weight, bias, *tiled)
-        self.put("merger.down", weight, shift, patches)
+        self.put("merger.down", *fold_norm(weight, bias, *self._tiled("merger.norm", 0, merger.norm, patches)))
         self.put("merger.proj", self.read("merger.proj.weight"), None)
         self.put_norm("merger.post_norm", merger.post_norm)
         fc1, fc2 = (self.pair(f"merger.{n}", 0, merger.mlp.bias) for n in ("fc1", "fc2"))
-        self.mlp("merger", merger.mlp, fc1, fc2, groups=0)
+        self.mlp("merger", merger.mlp, fc1, fc2)

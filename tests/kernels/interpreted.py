@@ -264,7 +264,7 @@ def test_qkv(head_dim: int, heads: int, kv_heads: int, normed: bool, rope: bool,
     if frequencies is not None:
         frequencies = F.pad(frequencies[:, ::2].repeat_interleave(2, 1), (0, kv_heads * head_dim))
     gain = 1 + 0.3 * rand(turned * head_dim) if normed else None
-    args = [x, sums_of(x, 2), places, weight, rand(len(weight)), weight.float().sum(1)[None], gain, frequencies]
+    args = [x, sums_of(x, 2), places, weight, rand(len(weight)), weight.float().sum(1), gain, frequencies]
     ins = [grown(x, capacity), grown(args[1], capacity, 2)]  # type: ignore[arg-type]
     ins.append(None if places is None else grown(places, capacity, 1))  # type: ignore[arg-type]
     options = {
@@ -279,29 +279,25 @@ def test_qkv(head_dim: int, heads: int, kv_heads: int, normed: bool, rope: bool,
 
 @DTYPES
 @pytest.mark.parametrize(
-    ("merge", "groups", "centred", "activation", "gated", "limit"),
+    ("normed", "centred", "activation", "gated", "limit"),
     [
-        (1, 1, True, "gelu_tanh", False, None), (1, 1, False, "silu", False, None),
-        (1, 1, True, "quick_gelu", False, None), (4, 1, True, "gelu", False, None), (4, 4, True, "gelu", False, None),
-        (4, 4, False, "none", False, None), (1, 0, True, "none", False, None), (1, 1, False, "silu", True, None),
-        (1, 0, True, "silu", True, 0.5), (1, 1, True, "gelu", True, 1.0),
+        (True, True, "gelu_tanh", False, None), (True, False, "silu", False, None),
+        (True, True, "quick_gelu", False, None), (True, True, "gelu", False, None), (True, False, "none", False, None),
+        (False, True, "gelu", False, None), (False, True, "none", False, None), (True, False, "silu", True, None),
+        (False, True, "silu", True, 0.5), (True, True, "gelu", True, 1.0),
     ],
     ids=str,
 )  # fmt: skip
 def test_linear(
-    merge: int, groups: int, centred: bool, activation: str, gated: bool, limit: float | None, dtype: torch.dtype
+    normed: bool, centred: bool, activation: str, gated: bool, limit: float | None, dtype: torch.dtype
 ) -> None:
     rows, capacity, width, columns = 33, 50, 72, 200
-    x = 1 + rand(rows * merge, width, dtype=dtype)
-    weight = rand(columns, merge * width, dtype=dtype) / 8
-    pieces = weight.float().view(columns, max(groups, 1), -1).sum(2).T.contiguous()
-    sums, colsum = (sums_of(x, 2), pieces) if groups else (None, None)
+    x = 1 + rand(rows, width, dtype=dtype)
+    weight = rand(columns, width, dtype=dtype) / 8
+    sums, colsum = (sums_of(x, 2), weight.float().sum(1)) if normed else (None, None)
     args = [x, sums, None, weight, rand(columns), colsum]
-    ins = [grown(x, capacity * merge), None if sums is None else grown(sums, capacity * merge, 2), *args[2:]]
-    options = {
-        "merge": merge, "groups": groups, "eps": 1e-6, "centred": centred, "activation": activation,
-        "gated": gated, "limit": limit,
-    }  # fmt: skip
+    ins = [grown(x, capacity), None if sums is None else grown(sums, capacity, 2), *args[2:]]
+    options = {"eps": 1e-6, "centred": centred, "activation": activation, "gated": gated, "limit": limit}
     y = blank(capacity, columns // (1 + gated), dtype=dtype)
     linear.linear(y, *ins, **options, count=count(rows))  # type: ignore[arg-type]
     check(y[:rows], linear.linear_ref, args, **options)
@@ -314,10 +310,7 @@ def test_linear_stores_merged_rows_elsewhere(dtype: torch.dtype) -> None:
     x, weight = rand(rows, 64, dtype=dtype), rand(columns, 64, dtype=dtype) / 8
     places = torch.randperm(rows, generator=torch.Generator().manual_seed(4)).int()
     source = (4 * places[:, None] + torch.arange(4, dtype=torch.int32)).flatten()
-    options = {
-        "merge": 1, "groups": 0, "eps": 0.0, "centred": True, "activation": "none", "gated": False, "limit": None,
-        "scatter": 4,
-    }  # fmt: skip
+    options = {"eps": 0.0, "centred": True, "activation": "none", "gated": False, "limit": None, "scatter": 4}
     args = [x, None, source, weight, rand(columns), None]
     y = blank(50, columns, dtype=dtype)
     linear.linear(y, grown(x, 50), None, lost(source, 200), *args[3:], **options, count=count(rows))  # type: ignore[arg-type]
@@ -367,24 +360,32 @@ def test_norm(
 
 
 @DTYPES
-@pytest.mark.parametrize("summed", [False, True], ids=["", "sums"])
+@pytest.mark.parametrize("centred", [True, False], ids=["layer", "rms"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_norm_of_merged_rows(groups: int, centred: bool, dtype: torch.dtype) -> None:
+    rows, width, capacity = 7, 72, 14
+    x = 2 + rand(4 * rows, width, dtype=dtype)
+    options = {"eps": 1e-5, "centred": centred, "activation": "none", "merge": 4, "groups": groups}
+    y = blank(capacity, 4 * width, dtype=dtype)
+    norm.norm(y, None, grown(x, 4 * capacity), *[None] * 6, **options, count=count(rows))  # type: ignore[arg-type]
+    check(y[:rows], norm.norm_ref, [x, *[None] * 6], 0, **options)
+    assert (y[rows:] == blank(1, dtype=dtype)).all()
+
+
+@DTYPES
 @pytest.mark.parametrize("scattered", [False, True], ids=["in order", "scattered"])
-def test_pool(scattered: bool, summed: bool, dtype: torch.dtype) -> None:
+def test_pool(scattered: bool, dtype: torch.dtype) -> None:
     pack = [Item(t, h, w, t, pooled=t) for t, h, w in [(3, 4, 6), (1, 2, 2), (4, 2, 4), (2, 4, 4)]]
     rows, merged, width, capacity = sum(i.rows for i in pack), sum(i.merged for i in pack), 72, 180
     numbers = torch.tensor(table(pack, 64), dtype=torch.int32)
     padded = torch.cat([numbers, torch.full((3 * unfold.FIELDS,), 1 << 20, dtype=torch.int32)])
     x = rand(rows, width, dtype=dtype)
     source = torch.randperm(rows, generator=torch.Generator().manual_seed(2)).int() if scattered else None
-    y, sums = blank(capacity // 4, 4, width, dtype=dtype), blank(2, 2, capacity) if summed else None
+    y = blank(capacity // 4, 4, width, dtype=dtype)
     ins = [grown(x, capacity), None if source is None else lost(source, capacity), padded]
-    pool.pool(y, sums, *ins, patches=4, count=count(merged))  # type: ignore[arg-type]
-    check(y[:merged], pool.pool_ref, [x, source, numbers], 0, patches=4)
+    pool.pool(y, *ins, patches=4, count=count(merged))  # type: ignore[arg-type]
+    check(y[:merged], pool.pool_ref, [x, source, numbers], patches=4)
     assert (y[merged:] == blank(1, dtype=dtype)).all()
-    if sums is not None:
-        want = patch_embed.row_sums_ref(y[:merged].flatten(0, 1))[:, 0]
-        assert torch.allclose(sums[:, :, : 4 * merged].sum(1), want, rtol=1e-4, atol=1e-3)
-        assert (sums[:, :, 4 * merged :] == SENTINEL).all()
 
 
 # --- attention ----------------------------------------------------------------

@@ -13,7 +13,7 @@ from fused_vit.kernels import config
 from tests.kernels import resources
 
 EXPECTED: dict[str, dict[str, int]] = json.loads(resources.TABLE.read_text())
-ERF_STACK = 40  # bytes that a Gluon matmul may spill around the error function of the exact GELU
+PREPARING_STACK = 16  # bytes that the preparing warps of a Gluon matmul may spill, at 40 registers
 
 
 @pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="the table is triton 3.6's compiler's")
@@ -32,7 +32,7 @@ def test_resources_stay_within_the_table(arch: int) -> None:
             if got[name] > table[name]:
                 worse[key].append(f"{name} {got[name]}, table {table[name]}")
         gluon = launch.kernel.fn.__name__ == "hopper_matmul_kernel"
-        if got["stack"] > (ERF_STACK if gluon else 0):
+        if got["stack"] > (PREPARING_STACK if gluon else 0):
             worse[key].append(f"spills: {got['stack']} bytes of stack")
         if got["shared"] > resources.SHARED_LIMIT[arch]:
             worse[key].append(f"shared memory {got['shared']} is more than the multiprocessor has")
@@ -46,19 +46,33 @@ def test_resources_stay_within_the_table(arch: int) -> None:
 
 def test_without_gluon_hopper_runs_the_portable_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.attention_config(72, torch.bfloat16, 90).gluon == config.has_gluon()
-    assert (config.hopper_config("qkv", 4096, 3456, torch.bfloat16, 90, 132) is not None) == config.has_gluon()
+    assert (config.hopper_config("qkv", 4096, 3456, 1152, torch.bfloat16, 90, 132) is not None) == config.has_gluon()
     monkeypatch.setattr(config, "has_gluon", lambda: False)
-    assert config.hopper_config("qkv", 4096, 3456, torch.bfloat16, 90, 132) is None
+    assert config.hopper_config("qkv", 4096, 3456, 1152, torch.bfloat16, 90, 132) is None
     assert not any(config.attention_config(d, torch.float16, 90).gluon for d in (64, 72, 80, 88, 96, 128))
     assert not any(config.attention_config(72, torch.bfloat16, arch).gluon for arch in (80, 86, 89, 100, 120))
 
 
 @pytest.mark.skipif(not config.has_gluon(), reason="this triton has another Gluon")
-@pytest.mark.parametrize(("rows", "tile"), [(3072, 128), (4096, 192), (7168, 128), (8192, 192), (16384, 192)])
-def test_tiles_fill_the_last_round(rows: int, tile: int) -> None:
-    """fc2 of the 8B tower on 132 multiprocessors; up to 8192 the forms that were measured faster."""
-    chosen = config.hopper_config("residual", rows, 1152, torch.bfloat16, 90, 132)
-    assert chosen is not None and chosen.block_n == tile
+@pytest.mark.parametrize(
+    ("op", "rows", "columns", "depth", "tile"),
+    [
+        ("residual", 3072, 1152, 4352, (256, 128)),
+        ("residual", 4096, 1152, 4352, (192, 192)),
+        ("residual", 7168, 1152, 4352, (256, 128)),
+        ("residual", 8192, 1152, 4352, (192, 192)),
+        ("residual", 7168, 1152, 1152, (128, 128)),
+        ("merger", 1024, 4608, 4608, (128, 192)),
+        ("merger", 1792, 4608, 4608, (256, 128)),
+        ("linear", 768, 4096, 4608, (192, 128)),
+    ],
+)
+def test_the_fastest_measured_form_is_chosen(
+    op: str, rows: int, columns: int, depth: int, tile: tuple[int, int]
+) -> None:
+    """fc2, proj and mergers of the 8B tower on 132 multiprocessors (bench/results/hopper_blocks.json)."""
+    chosen = config.hopper_config(op, rows, columns, depth, torch.bfloat16, 90, 132)
+    assert chosen is not None and (chosen.block_m, chosen.block_n) == tile
 
 
 @pytest.mark.parametrize("tower", ["8B", "Qwen2.5-VL-7B", "GLM-4.1V", "Kimi-K2.5", "InternViT"])

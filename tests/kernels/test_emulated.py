@@ -93,16 +93,18 @@ def test_a_poisoned_segment_leaves_its_neighbours_alone() -> None:
 
 
 BREAKS = {
-    "values of a neighbour": ("        if tail < BLOCK_N:\n", "        if tail < 0:\n"),
+    "values of a neighbour": ("            if k1 - k0 < BLOCK_N:\n", "            if k1 - k0 < 0:\n"),
+    "keys of two blocks": ("(key >= (gl.cdiv(rows, BLOCK_N) - 1) * BLOCK_N) & (key < rows)", "key < rows"),
+    "queries of the last tile": ("q.index(turn % 2 * 2 + GROUP_ID), q_rest", "q.index(GROUP_ID), q_rest"),
     "no fence": ("            fence_async_shared()\n", ""),
     "queries kept": ("        mbarrier.arrive(q_empty.index(turn % 2), count=1)\n", ""),
     "values kept": ("            mbarrier.arrive(v_empty.index(last), count=1)\n", ""),
     "no turn": ("            mbarrier.arrive(turns.index(1 - GROUP_ID), count=1)\n", ""),
     "scores too early": ("warpgroup_mma_wait(2 if REST > 0 else 1, deps=(scores,))", "scores"),
     "keys given back unread": (
-        "            scores = scores_of(my_q, my_q_rest, k, k_rest, at, zero, REST)\n            mbarrier.wait(v_full",
-        "            mbarrier.arrive(k_empty.index(at), count=1)\n"
-        "            scores = scores_of(my_q, my_q_rest, k, k_rest, at, zero, REST)\n            mbarrier.wait(v_full",
+        "                scores = scores_of(my_q, my_q_rest, k, k_rest, at, zero, REST)\n",
+        "                mbarrier.arrive(k_empty.index(at), count=1)\n"
+        "                scores = scores_of(my_q, my_q_rest, k, k_rest, at, zero, REST)\n",
     ),
     "no decay": ("acc = acc * gl.expand_dims", "acc = acc + 0 * gl.expand_dims"),
     "ones not decayed": ("acc_rest = acc_rest * gl.expand_dims", "acc_rest = acc_rest + 0 * gl.expand_dims"),
@@ -119,7 +121,7 @@ def test_the_emulator_sees_a_broken_kernel(name: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(emulator, "DEADLOCK_SECONDS", 1.0)
     broken = emulator.emulated(SOURCE, BREAKS[name])
     try:
-        out, want = attention(broken, 72, 2, 1, 1, buffers=2, lengths=(130, 600))
+        out, want = attention(broken, 72, 2, 1, 1, buffers=2, lengths=(130, 600, 40))
     except (RuntimeError, AssertionError):
         return
     assert not error(out, want) <= 4e-3
