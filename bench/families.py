@@ -1,6 +1,7 @@
 """Every family at real sizes: an image of 448², one of 1080p, a mixed batch; ours beside transformers and the floor.
 
 python -m bench.families --out bench/results/families.json
+Families that are not measured again keep what the report says of them, and the commit that it is of.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +111,13 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     roof = ceilings()
     report: dict[str, Any] = {"environment": environment(), "ceilings": roof, "families": {}}
+    if arguments.out.exists():
+        report["families"] = json.loads(arguments.out.read_text())["families"]
     for family in FAMILIES:
         if not available(family) or (arguments.family and family.name not in arguments.family):
             continue
-        report["families"][family.name] = measured = measure(family, roof)
+        measured = {"commit": report["environment"]["commit"]} | measure(family, roof)
+        report["families"][family.name] = measured
         for name, row in measured["cases"].items():
             wall, floor = row.get("wall_ms", float("nan")), row["floor_ms"]
             print(

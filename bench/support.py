@@ -79,7 +79,7 @@ def speeds() -> str:
     report = json.loads(GPU.read_text())
     roof, environment = report["ceilings"], report["environment"]
     names = list(next(iter(report["families"].values()))["cases"])
-    lines = [f"| family | {' | '.join(names)} |", "|" + "---|" * (1 + len(names))]
+    lines = [f"| family | {' | '.join(names)} | commit |", "|" + "---|" * (2 + len(names))]
     for family, measured in report["families"].items():
         cells = [
             f"{row['wall_ms']:.1f} ms ({row['wall_ms'] / row['floor_ms']:.1f}x; {row['hf_wall_ms']:.0f} ms)"
@@ -87,13 +87,13 @@ def speeds() -> str:
             else "wrong"
             for row in measured["cases"].values()
         ]
-        lines.append(f"| {family} | {' | '.join(cells)} |")
+        lines.append(f"| {family} | {' | '.join(cells)} | {measured['commit'][:7]} |")
     about = (
         f"One call from Python until the device is idle, median, bf16; in brackets how many times the tower's floor "
         f"that is (useful FLOPs at the measured {roof['tflops']:.0f} TFLOP/s, or weights at {roof['tbs']:.2f} TB/s) "
         f"and the reference's own time (transformers with sdpa; for Kimi-VL the tests' plain torch). Random weights at "
         f"one checkpoint's sizes, on one {environment['device']}, torch {environment['torch']}, triton "
-        f"{environment['triton']} (`{GPU.relative_to(ROOT)}`, commit {environment['commit']}). "
+        f"{environment['triton']} (`{GPU.relative_to(ROOT)}`). "
         f"InternVL and SigLIP get 1080p as tiles."
     )
     return "\n".join([*lines, "", about])
