@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import platform
+import shutil
 import sys
 from enum import StrEnum
 from importlib import metadata
@@ -19,7 +20,6 @@ from rich.table import Table
 
 from . import __version__
 from .buckets import ladder
-from .calls import flatten_call
 from .encoder import FusedViT, load
 from .errors import FusedVitError, InputError
 from .layouts import choose_layout
@@ -140,42 +140,41 @@ def encode(
     dtype: Precision = None,
     revision: Revision = None,
 ) -> None:
-    """Encode images. Each gets its merged rows under its path, with .grid_thw and .deepstack.K beside them."""
-    from safetensors.torch import save_file
+    """Encode images. Each gets its merged rows under its path, with .grid_thw and .deepstack.K beside them.
 
-    from .images import call_of, processor, read_image
-    from .pca import colours, picture, raster
+    What was done stays in OUTPUT.parts until all is: after an interruption the same command does the rest.
+    """
+    from .encoding import Done, Failed, Parts, encode_photos, merge
+    from .images import processor, read_image
+    from .pca import picture
 
     for target in (output, pca):
         if target is not None and not target.parent.is_dir():
             raise InputError(f"{target}: there is no folder {target.parent}; make it first")
     vit = load(checkpoint, device=device, dtype=_torch(dtype), revision=revision)
     prepare = processor(vit.spec, checkpoint, revision=revision)
-    tensors: dict[str, torch.Tensor] = {}
-    photos, maps = [], []
+    source = checkpoint if revision is None else f"{checkpoint}@{revision}"
+    parts = Parts(output.with_name(f"{output.name}.parts"), source, vit.dtype, pca is not None)
     with Progress(console=Console(stderr=True)) as progress:
-        for path in progress.track(images, description="encoding"):
-            photo = read_image(path)
+        rows = encode_photos(vit, prepare, progress.track(images, description="encoding"), parts)
+    done, failed = [row for row in rows if isinstance(row, Done)], [row for row in rows if isinstance(row, Failed)]
+    if done:
+        maps = merge(done, output, {"fused_vit": __version__, "checkpoint": source})
+        out.print(f"{len(done)} images to {output} ({vit.backend} on {vit.device})", highlight=False, soft_wrap=True)
+        if pca is not None:
             try:
-                batch = prepare(images=[photo], return_tensors="pt")
-            except ValueError as error:
-                raise InputError(f"{path}: {error}") from error
-            pixels, grids = call_of(batch)
-            pixels, grid = flatten_call(vit.spec, pixels, grids)
-            result = vit(pixels.to(vit.device), grid)
-            tensors |= {f"{path}": result.split()[0].cpu(), f"{path}.grid_thw": torch.tensor(grid[0])}
-            tensors |= {f"{path}.deepstack.{k}": t.cpu() for k, t in enumerate(result.deepstack_features)}
-            if pca is not None:
-                photos.append(photo)
-                maps.append(colours(raster(result.last_hidden_state, grid[0], vit.spec)[0]))
-    save_file(tensors, output, metadata={"fused_vit": __version__, "checkpoint": checkpoint})
-    out.print(f"{len(images)} images to {output} ({vit.backend} on {vit.device})", highlight=False, soft_wrap=True)
-    if pca is not None:
-        try:
-            picture(photos, maps).save(pca)
-        except ValueError as error:  # pillow's word for an unknown suffix
-            raise InputError(f"{pca}: {error}; take .png") from error
-        out.print(f"picture: {pca}", highlight=False, soft_wrap=True)
+                picture([read_image(row.photo) for row in done], maps).save(pca)
+            except ValueError as error:  # pillow's word for an unknown suffix
+                raise InputError(f"{pca}: {error}; take .png") from error
+            out.print(f"picture: {pca}", highlight=False, soft_wrap=True)
+    if failed:
+        for bad in failed:
+            out.print(f"failed: {bad.photo}: {bad.reason}", highlight=False, soft_wrap=True, markup=False)
+        raise InputError(
+            f"{len(failed)} of {len(images)} images failed, the first {failed[0].photo}: {failed[0].reason} "
+            "(the same command tries only those again)"
+        )
+    shutil.rmtree(parts.folder, ignore_errors=True)
 
 
 @app.command()

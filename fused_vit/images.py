@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import stat
+import warnings
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, InputError
 from .spec import TowerSpec
 
+logger = logging.getLogger("fused_vit")
 # Qwen3-VL's published preprocessor_config.json
 MEAN = STD = [0.5, 0.5, 0.5]
 PIXELS = {"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096}
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no decoder beyond these meets a file
+MAX_PIXELS, MAX_BYTES = 178_956_970, 1 << 28  # of one photograph: half a gigabyte in RGB; and of its file
 
 
 def processor(spec: TowerSpec, source: str | Path, *, revision: str | None = None) -> Any:
@@ -62,11 +70,53 @@ def _processor_class(name: str) -> Any:
 
 
 def read_image(path: str | Path) -> Any:
-    """A PIL image in RGB, upright. Raises InputError naming the file."""
-    from PIL import Image, ImageOps
+    """A PIL image in RGB, upright; of an animation the first frame, transparent pixels over white.
+
+    Nothing is decoded before its size, as the header has it, was found to be at most MAX_PIXELS.
+    Raises InputError naming the file.
+    """
+    from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not an image that can be read ({error})") from error
+        status = os.stat(path)
+    except OSError as error:
+        raise InputError(f"{path}: {(error.strerror or 'cannot be opened').lower()}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path}: not a regular file")
+    if status.st_size > MAX_BYTES:
+        raise InputError(f"{path}: {status.st_size} bytes; expected at most {MAX_BYTES}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours, below
+            with Image.open(path, formats=FORMATS) as image:
+                width, height = image.size
+                if width * height <= MAX_PIXELS:
+                    return _rgb(image)
+        too_large = f"{width} x {height} pixels"
+    except Image.DecompressionBombError:
+        too_large = "too many pixels"
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders meet hostile bytes with whatever they stumble over
+        logger.info("%s cannot be decoded", path, exc_info=error)  # what a decoder says may hold addresses
+        kinds = ", ".join(FORMATS)
+        raise InputError(f"{path}: not an image that can be read; supported: {kinds}, complete files") from error
+    raise InputError(f"{path}: {too_large}; expected at most {MAX_PIXELS}")
+
+
+def _rgb(image: Any) -> Any:
+    """Decoded and upright, in eight bits: of deeper grey the upper eight, where pillow would clip it."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("pixels in floating point have no range that everybody agrees on")
+    if image.mode.startswith("I"):
+        deep = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

@@ -135,6 +135,61 @@ def test_encoding_alone_is_encoding_together(checkpoint: Path, photos: list[Path
     assert all(torch.equal(both[name], one[name]) for name in one)
 
 
+def test_a_bad_image_costs_only_itself(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:
+    bad, thin, out = tmp_path / "bad.png", tmp_path / "thin.png", tmp_path / "out.safetensors"
+    bad.write_text("no image")
+    Image.new("RGB", (3000, 2)).save(thin)
+    command = ("encode", photos[0], bad, thin, photos[1], "--checkpoint", checkpoint, "-o", out, "--device", "cpu")
+    result = run(*command)
+    assert "2 of 4 images failed" in error(result)
+    failures = [line for line in result.stdout.splitlines() if line.startswith("failed: ")]
+    assert len(failures) == 2 and f"{bad}: not an image" in failures[0] and f"{thin}: " in failures[1]
+    assert {name for name in load_file(out) if "." not in Path(name).suffix[1:]} >= {f"{photo}" for photo in photos}
+    for path in (bad, thin):
+        Image.new("RGB", (256, 256), "red").save(path)
+    assert run(*command).exit_code == 0
+    assert {f"{path}" for path in (photos[0], bad, thin, photos[1])} <= set(load_file(out))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.png", "out.safetensors", "thin.png"]
+
+
+def test_an_interrupted_run_does_the_rest(
+    checkpoint: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fused_vit import encoding
+
+    real, calls, out = encoding._encode, [], tmp_path / "out.safetensors"
+    whole = tmp_path / "whole.safetensors"
+    common = ("--checkpoint", checkpoint, "--device", "cpu", "-o")
+    assert run("encode", *photos, *common, whole).exit_code == 0
+
+    def interrupted(vit: object, prepare: object, photo: Path, coloured: bool) -> object:
+        calls.append(photo)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(vit, prepare, photo, coloured)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(encoding, "_encode", interrupted)
+    assert run("encode", *photos, *common, out).exit_code != 0 and not out.exists()
+    (next((tmp_path / "out.safetensors.parts").iterdir()).parent / "left.tmp").write_bytes(b"half a part")
+    assert run("encode", *photos, *common, out).exit_code == 0
+    assert calls == [photos[0], photos[1], photos[1]], "the first photograph was encoded again"
+    want, got = load_file(whole), load_file(out)
+    assert set(want) == set(got) and all(torch.equal(want[name], got[name]) for name in want)
+    assert not (tmp_path / "out.safetensors.parts").exists()
+
+
+def test_what_changed_is_encoded_again(checkpoint: Path, tmp_path: Path) -> None:
+    photo, bad, out = tmp_path / "photo.png", tmp_path / "bad.png", tmp_path / "out.safetensors"
+    bad.write_text("no image")
+    command = ("encode", photo, bad, "--checkpoint", checkpoint, "-o", out, "--device", "cpu")
+    features = []
+    for colour in ("red", "white"):
+        Image.new("RGB", (256, 256), colour).save(photo)
+        assert run(*command).exit_code == 1
+        features.append(load_file(out)[f"{photo}"])
+    assert not torch.equal(*features)
+
+
 def test_env_says_what_a_report_needs() -> None:
     result = run("env")
     assert result.exit_code == 0

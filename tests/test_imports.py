@@ -20,6 +20,7 @@ LAYERS = (
     ("graphs", "batch"),
     ("encoder",),
     ("images", "pca", "parity", "metrics", "adapters"),
+    ("encoding",),
     ("cli",),
 )
 RANK = {name: i for i, row in enumerate(LAYERS) for name in row}
@@ -29,7 +30,7 @@ LEAVES = {  # fused_vit.kernels and fused_vit.weights: what they may import of f
 }
 THIRD_PARTY = {  # package -> modules that may import it; torch is everybody's
     "triton": {"kernels"},
-    "safetensors": {"weights", "cli"},
+    "safetensors": {"weights", "encoding"},
     "huggingface_hub": {"weights"},
     "transformers": {"adapters", "images", "parity"},
     "typer": {"cli"},

@@ -1,0 +1,121 @@
+"""Encoding: photographs to features in one file, by way of a part for each photograph.
+
+So one that cannot be read costs nobody else the result, and a run that was interrupted, or that had bad photographs
+among its own, does only what is left when it is started again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from . import __version__
+from .calls import flatten_call
+from .encoder import FusedViT
+from .errors import InputError
+from .images import call_of, read_image
+from .pca import colours, raster
+
+COLOURS = "colours"  # in a part beside the features: the picture of the patches, if one is wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A photograph and where its features are."""
+
+    photo: Path
+    part: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A photograph and why it has none."""
+
+    photo: Path
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The folder of a run's parts. A part is named by everything that its features depend on."""
+
+    folder: Path
+    checkpoint: str
+    dtype: torch.dtype
+    coloured: bool
+
+    def of(self, photo: Path) -> Path:
+        status = os.stat(photo)
+        about = [str(photo), status.st_size, status.st_mtime_ns, self.checkpoint, str(self.dtype), self.coloured]
+        name = hashlib.blake2b(json.dumps([*about, __version__]).encode(), digest_size=16).hexdigest()
+        return self.folder / f"{name}.safetensors"
+
+    def write(self, part: Path, tensors: dict[str, torch.Tensor]) -> None:
+        """Whole or not at all: a run may be killed at any moment."""
+        self.folder.mkdir(exist_ok=True)
+        unfinished = part.with_suffix(".tmp")
+        save_file(tensors, unfinished)
+        os.replace(unfinished, part)
+
+
+def encode_photos(vit: FusedViT, prepare: Any, photos: Iterable[Path], parts: Parts) -> list[Done | Failed]:
+    """Every photograph's part, made now unless it lies there from an earlier run."""
+    rows: list[Done | Failed] = []
+    for photo in photos:
+        try:
+            part = parts.of(photo) if photo.is_file() else None
+            if part is None or not _readable(part):
+                tensors = _encode(vit, prepare, photo, parts.coloured)
+                part = part or parts.of(photo)
+                parts.write(part, tensors)
+            rows.append(Done(photo, part))
+        except (InputError, torch.OutOfMemoryError) as error:
+            rows.append(Failed(photo, " ".join(str(error).removeprefix(f"{photo}: ").split())))
+    return rows
+
+
+def _readable(part: Path) -> bool:
+    try:
+        with safe_open(part, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def _encode(vit: FusedViT, prepare: Any, photo: Path, coloured: bool) -> dict[str, torch.Tensor]:
+    """Merged rows under the photograph's path, .grid_thw and .deepstack.K beside them."""
+    try:
+        batch = prepare(images=[read_image(photo)], return_tensors="pt")
+    except (ValueError, ArithmeticError) as error:  # ours, and the processor's on sizes that it cannot resize
+        raise InputError(f"{photo}: {str(error).removeprefix(f'{photo}: ')}") from error
+    pixels, grid = flatten_call(vit.spec, *call_of(batch))
+    result = vit(pixels.to(vit.device), grid)
+    tensors = {f"{photo}": result.split()[0].cpu(), f"{photo}.grid_thw": torch.tensor(grid[0])}
+    tensors |= {f"{photo}.deepstack.{k}": t.cpu() for k, t in enumerate(result.deepstack_features)}
+    if coloured:
+        tensors[COLOURS] = colours(raster(result.last_hidden_state, grid[0], vit.spec)[0])
+    return {name: t.contiguous() for name, t in tensors.items()}
+
+
+def merge(rows: Sequence[Done], output: Path, metadata: dict[str, str]) -> list[torch.Tensor]:
+    """All parts as one file, which takes its place only when it is whole; the pictures of their patches, if any."""
+    tensors: dict[str, torch.Tensor] = {}
+    pictures = []
+    for row in rows:
+        with safe_open(row.part, "pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys() if name != COLOURS}  # noqa: SIM118
+            if COLOURS in file.keys():  # noqa: SIM118
+                pictures.append(file.get_tensor(COLOURS))
+    unfinished = output.with_name(f"{output.name}.tmp")
+    save_file(tensors, unfinished, metadata=metadata)
+    os.replace(unfinished, output)
+    return pictures
