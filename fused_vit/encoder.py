@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -135,6 +136,7 @@ class FusedViT:
         self._workspace: Workspace | None = None
         self._oversize: Workspace | None = None
         self._lock = threading.Lock()
+        self._process = os.getpid()
         self._done: torch.cuda.Event | None = None
         self._last_stream: torch.cuda.Stream | None = None
         self._counts: Counter[str] = Counter()
@@ -242,8 +244,7 @@ class FusedViT:
         Raises:
             InputError: (a ValueError) before anything is launched; the encoder stays usable.
         """
-        if not self.weights:
-            raise InputError("this encoder was closed; load it again")
+        self._check_usable()
         self._check_tensor(pixel_values)
         pixels, grid = flatten_call(self.spec, pixel_values.detach(), grid_thw)
         batch = self._batch(tuple(map(tuple, grid)), len(pixels))
@@ -256,6 +257,15 @@ class FusedViT:
         hidden = outputs[-1] if self.spec.hidden_state else None
         assert outputs[0] is not None, "every tower has a last_hidden_state"
         return VisionOutput(outputs[0], outputs[1], deepstack, batch.merged, batch.rows, hidden)
+
+    def _check_usable(self) -> None:
+        if not self.weights:
+            raise InputError("this encoder was closed; load it again")
+        if self.device.type == "cuda" and os.getpid() != self._process:
+            raise InputError(
+                f"this encoder belongs to process {self._process}, and CUDA does not survive a fork: load one in this "
+                "process, or start it by spawn"
+            )
 
     def _check_tensor(self, pixels: torch.Tensor) -> None:
         if not isinstance(pixels, torch.Tensor):
@@ -377,6 +387,11 @@ class FusedViT:
     def _on_device(self) -> AbstractContextManager[Any]:
         """Launches need their device current; making it so costs 5 us, asking 1."""
         return nullcontext() if torch.cuda.current_device() == self.device.index else torch.cuda.device(self.device)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an encoder holds graphs and device memory and cannot be copied: load it again where it is needed"
+        )
 
     def close(self) -> None:
         """Free graphs, workspace and weights. The encoder cannot be called afterwards."""

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
+import gc
 import json
+import os
+import pickle
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import fused_vit
 from fused_vit.buckets import Bucket, as_buckets, choose, ladder
-from fused_vit.errors import InputError
+from fused_vit.encoder import GRIDS
 from tests.towers_hf import random_pixels, tiny_tower
 
 GRID = [[1, 4, 6], [2, 6, 4]]
-FEATURES = 96  # 3 channels x 2 frames x 4 x 4
 
 
 @pytest.fixture(scope="module")
@@ -78,48 +79,6 @@ def test_any_integer_grid_and_any_float_pixels_are_accepted(vit, pixels, dtype) 
     assert torch.equal(vit(pixels.double(), [tuple(g) for g in GRID]).pooler_output, want)
 
 
-def bad_calls(pixels: torch.Tensor) -> dict[str, tuple[object, object, str]]:
-    return {
-        "pixels are a list": ([[0.0]], GRID, "list"),
-        "pixels 1-d": (pixels[0], GRID, "shape"),
-        "pixels 3-d": (pixels[None], GRID, "shape"),
-        "pixels too narrow": (pixels[:, :-1], GRID, str(FEATURES)),
-        "pixels integer": (pixels.int(), GRID, "int32"),
-        "pixels elsewhere": (pixels.to("meta"), GRID, "meta"),
-        "pixels sparse": (pixels.to_sparse(), GRID, "sparse"),
-        "pixels nested": (torch.nested.nested_tensor([pixels], layout=torch.jagged), GRID, "nested"),
-        "grid sparse": (pixels, torch.tensor(GRID).to_sparse(), "dense"),
-        "grid without values": (pixels, torch.tensor(GRID, device="meta"), "dense"),
-        "grid of nothing": (pixels, [[None, 4, 6]], "grid_thw"),
-        "grid empty list": (pixels, [], "shape"),
-        "grid empty tensor": (pixels[:0], torch.zeros(0, 3, dtype=torch.int64), "empty"),
-        "grid two columns": (pixels, [[6, 12]], "shape"),
-        "grid ragged": (pixels, [[1, 4, 6], [2, 6]], "grid_thw"),
-        "grid of words": (pixels, [["a", "b", "c"]], "grid_thw"),
-        "grid none": (pixels, None, "grid_thw"),
-        "grid 3-d": (pixels, torch.tensor([GRID]), "shape"),
-        "grid float": (pixels, torch.tensor(GRID).float(), "integers"),
-        "grid fractions": (pixels, [[1.0, 4.5, 6.0]], "integers"),
-        "grid bool": (pixels, torch.ones(2, 3, dtype=torch.bool), "integers"),
-        "zero frames": (pixels, [[1, 4, 6], [0, 6, 4]], "image 1"),
-        "negative height": (pixels, [[1, -4, 6], [2, 6, 4]], "image 0"),
-        "odd height": (pixels, [[1, 4, 6], [2, 3, 8]], "image 1.*multiples"),
-        "odd width": (pixels, [[1, 8, 3], [2, 6, 4]], "image 0.*multiples"),
-        "too few rows": (pixels[:-1], GRID, "71 rows.*72 patches"),
-        "too many patches": (pixels, [*GRID, [1, 2, 2]], "72 rows.*76 patches"),
-        "huge": (pixels, [[1 << 40, 1 << 20, 2]], "rows"),
-    }
-
-
-@pytest.mark.parametrize("name", bad_calls(torch.zeros(72, FEATURES)))
-def test_a_bad_call_is_one_clear_value_error_and_costs_nothing(vit, pixels, name) -> None:  # type: ignore[no-untyped-def]
-    bad, grid, message = bad_calls(pixels)[name]
-    want = vit(pixels, GRID).pooler_output
-    with pytest.raises(ValueError, match=message):
-        vit(bad, grid)
-    assert torch.equal(vit(pixels, GRID).pooler_output, want)
-
-
 def test_nan_stays_in_its_own_image(vit, pixels) -> None:  # type: ignore[no-untyped-def]
     want = vit(pixels, GRID).split()
     poisoned = pixels.clone()
@@ -147,6 +106,62 @@ def test_stats_count_and_a_closed_encoder_says_so(tower, pixels) -> None:  # typ
         vit(pixels, GRID)
 
 
+def test_closing_twice_is_closing(tower) -> None:  # type: ignore[no-untyped-def]
+    vit = fused_vit.FusedViT.from_module(tower, device="cpu")
+    vit.close()
+    vit.close()
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps], ids=lambda way: way.__name__)
+def test_an_encoder_is_not_copied(vit, way) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(TypeError, match="load it again where it is needed"):
+        way(vit)
+
+
+def test_a_forked_process_is_told_to_load_its_own(tower, pixels, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    vit, parent = fused_vit.FusedViT.from_module(tower, device="cpu"), os.getpid()
+    want = vit(pixels, GRID).pooler_output
+    monkeypatch.setattr(os, "getpid", lambda: parent + 1)
+    assert torch.equal(vit(pixels, GRID).pooler_output, want), "a CPU survives a fork"
+    vit.device = torch.device("cuda", 0)
+    with pytest.raises(ValueError, match=f"process {parent}.*spawn"):
+        vit(pixels, GRID)
+
+
+def test_an_encoder_that_nobody_holds_is_freed_at_once(tower, pixels) -> None:  # type: ignore[no-untyped-def]
+    """By its last reference, not by a garbage collection some time later: it holds gigabytes."""
+    gc.disable()
+    try:
+        vit = fused_vit.FusedViT.from_module(tower, device="cpu")
+        vit(pixels, GRID)
+        alive = weakref.ref(vit)
+        del vit
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_calls_of_any_size_do_not_grow(vit, record_property) -> None:  # type: ignore[no-untyped-def]
+    """Resident memory after a third of the calls and after all of them."""
+    calls = int(os.environ.get("CALLS", "600"))
+    random = torch.Generator().manual_seed(0)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    sizes = []
+    for i in range(calls):
+        grid = [[1, 2 * int(h), 2 * int(w)] for h, w in torch.randint(1, 9, (1 + i % 4, 2), generator=random)]
+        vit(random_pixels(grid, 96, i), grid)
+        if i in (calls // 3, calls - 1):
+            gc.collect()
+            sizes.append(resident())
+    record_property("calls", calls)
+    record_property("grown_mib", round((sizes[1] - sizes[0]) / 2**20, 1))
+    assert sizes[1] - sizes[0] < 24 * 2**20, sizes
+    assert vit._batch.cache_info().currsize <= GRIDS
+
+
 def test_ladders_and_choices() -> None:
     assert [b.tokens for b in ladder(5000)] == [256, 512, 1024, 2048, 2560, 3072, 3584, 4096, 5000]
     assert [b.tokens for b in ladder(16384)][-8:] == [5120, 6144, 7168, 8192, 10240, 12288, 14336, 16384]
@@ -156,60 +171,3 @@ def test_ladders_and_choices() -> None:
     assert buckets == (Bucket(256, 2), Bucket(1024, 8), Bucket(4096, 64))
     assert choose(buckets, 200, 2) == buckets[0] and choose(buckets, 200, 3) == buckets[1]
     assert choose(buckets, 4097, 1) is None and choose(buckets, 4, 65) is None
-
-
-# --- calls with anything in them ---
-
-leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
-anything = st.recursive(leaves, lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner), max_leaves=12)
-sides = st.integers(-2, 9)
-nearly = st.lists(st.lists(sides, min_size=2, max_size=4), max_size=4)
-valid = st.lists(
-    st.tuples(st.integers(1, 3), st.sampled_from([2, 4, 6]), st.sampled_from([2, 4, 6])), min_size=1, max_size=4
-)
-integers = st.sampled_from([torch.uint8, torch.int8, torch.int32, torch.int64, torch.float32, torch.bool])
-tensors = st.tuples(valid, integers).map(lambda pair: torch.tensor(pair[0]).to(pair[1]))
-floats = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.complex64])
-shapes = st.just([72, FEATURES]) | st.lists(st.sampled_from([0, 1, 2, 4, 24, 72, FEATURES]), max_size=3)
-
-
-@pytest.fixture(scope="module")
-def want(vit: fused_vit.FusedViT, pixels: torch.Tensor) -> torch.Tensor:
-    out = vit(pixels, GRID).pooler_output
-    assert isinstance(out, torch.Tensor)
-    return out
-
-
-@settings(max_examples=100, deadline=None)
-@given(grid=valid)
-def test_every_grid_of_whole_blocks_gives_its_rows(vit: fused_vit.FusedViT, grid: list[tuple[int, int, int]]) -> None:
-    rows = sum(t * h * w for t, h, w in grid)
-    out = vit(random_pixels(grid, FEATURES, 0), grid)
-    assert len(out.last_hidden_state) == rows and 4 * len(out.pooler_output) == rows
-    assert out.last_hidden_state.isfinite().all()
-
-
-@settings(max_examples=400, deadline=None)
-@given(grid=anything | nearly | tensors)
-def test_any_grid_gives_a_result_or_one_error(vit, pixels, want, grid) -> None:  # type: ignore[no-untyped-def]
-    rows = 72
-    with contextlib.suppress(TypeError, ValueError, OverflowError):  # pixels that fit, where the grid is one
-        rows = sum(int(t) * int(h) * int(w) for t, h, w in grid)
-    try:
-        out = vit(pixels[:1].expand(rows if 0 < rows < 1000 else 72, FEATURES), grid)
-        assert len(out.last_hidden_state) == rows and 4 * len(out.pooler_output) == rows
-    except InputError as error:
-        assert "grid_thw" in str(error)
-    assert torch.equal(vit(pixels, GRID).pooler_output, want)
-
-
-@settings(max_examples=200, deadline=None)
-@given(shape=shapes, dtype=floats)
-def test_any_pixels_give_a_result_or_one_error(vit, pixels, want, shape, dtype) -> None:  # type: ignore[no-untyped-def]
-    right = shape == [72, FEATURES] and dtype.is_floating_point
-    try:
-        out = vit(torch.ones(shape).to(dtype), GRID)
-        assert right and len(out.last_hidden_state) == 72
-    except InputError as error:
-        assert not right and "pixel_values" in str(error)
-    assert torch.equal(vit(pixels, GRID).pooler_output, want)

@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -190,11 +191,12 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")  # pillow's, on tags that it skips
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF"])
-def test_flipped_bytes_decode_or_are_refused(kind: str, tmp_path: Path) -> None:
-    """No other exception and no crash."""
+def test_flipped_bytes_decode_or_are_refused(kind: str, tmp_path: Path, record_property: Any) -> None:
+    """No other exception and no crash. FLIPS=10000 is the full length (make fuzz)."""
+    flips = int(os.environ.get("FLIPS", "1000")) // 5
     whole, random = bytearray(encoded(photo(64, 48), kind)), np.random.default_rng(0)
     outcomes = {"read": 0, "refused": 0}
-    for _ in range(200):
+    for _ in range(flips):
         data = bytearray(whole)
         for place in random.integers(0, len(data), random.integers(1, 6)):
             data[place] = random.integers(256)
@@ -205,4 +207,6 @@ def test_flipped_bytes_decode_or_are_refused(kind: str, tmp_path: Path) -> None:
             outcomes["read"] += 1
         except InputError:
             outcomes["refused"] += 1
-    assert sum(outcomes.values()) == 200 and outcomes["refused"]
+    assert sum(outcomes.values()) == flips and outcomes["refused"]
+    for outcome, count in outcomes.items():
+        record_property(outcome, count)

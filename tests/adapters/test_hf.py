@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -372,6 +374,18 @@ def test_copying_while_attached_is_an_error(model: Any) -> None:
     fused_vit.attach(model)
     with pytest.raises(TypeError, match="detach"):
         copy.deepcopy(model)
+
+
+def test_attaching_a_hundred_times_leaves_nothing_behind(model: Any) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    alive = []
+    for _ in range(100):
+        alive.append(weakref.ref(fused_vit.attach(model)))
+        fused_vit.detach(model)
+    gc.collect()
+    assert not any(encoder() for encoder in alive)
+    after = model.state_dict()
+    assert set(after) == set(before) and all(torch.equal(after[name], before[name]) for name in before)
 
 
 # --- errors ---

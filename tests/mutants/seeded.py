@@ -18,7 +18,7 @@ class Mutant:
 
 
 PACKING, PLAN, FOLD = "tests/test_packing.py", "tests/test_plan.py", "tests/weights/test_fold_pack.py"
-ENCODER, DEFINE = "tests/test_encoder.py", "tests/test_define.py"
+ENCODER, CALLS, DEFINE = "tests/test_encoder.py", "tests/test_calls.py", "tests/test_define.py"
 CHECKPOINT, KERNELS = "tests/weights/test_checkpoint.py", "tests/kernels/interpreted.py"
 
 MUTANTS = (
@@ -48,9 +48,9 @@ MUTANTS = (
            f"{DEFINE}::test_video_frames_are_images"),
     # --- calls ---
     Mutant("odd sides pass", "fused_vit/packing.py", "if h % m or w % m:", "if h % m:",
-           f"{ENCODER}::test_a_bad_call_is_one_clear_value_error_and_costs_nothing"),
+           f"{CALLS}::test_a_bad_call_is_one_clear_value_error_and_costs_nothing"),
     Mutant("too few pixels pass", "fused_vit/packing.py", "if total != rows:", "if total < rows:",
-           f"{ENCODER}::test_a_bad_call_is_one_clear_value_error_and_costs_nothing"),
+           f"{CALLS}::test_a_bad_call_is_one_clear_value_error_and_costs_nothing"),
     Mutant("a closed encoder runs", "fused_vit/encoder.py", "if not self.weights:", "if self.weights is None:",
            f"{ENCODER}::test_stats_count_and_a_closed_encoder_says_so"),
     Mutant("one norm over four patches", "fused_vit/plan.py", "1 if whole else spec.patches", "1",
