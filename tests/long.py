@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent
+REPORT, PAGE = ROOT / "bench/results/fuzz.json", ROOT / "docs/reliability.md"
+START, END = "<!-- fuzz:start -->", "<!-- fuzz:end -->"
 LENGTHS = {"FUZZ": "10000", "FLIPS": "10000", "CALLS": "10000"}
 TESTS = ("tests/test_calls.py", "tests/test_encoder.py", "tests/test_images.py", "tests/weights/test_hostile.py")
 
@@ -36,9 +38,26 @@ def tried(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def table(report: dict[str, Any]) -> str:
+    """What each test tried and what came of it, in markdown."""
+    lines = ["| test | what came of what it tried | |", "|---|---|---|"]
+    for name, row in report["tests"].items():
+        test = name.removeprefix("tests.").replace("::", ": ")
+        found = ", ".join(f"{key}: {value}" for key, value in row.items() if key not in ("outcome", "seconds"))
+        lines.append(f"| {test} | {found} | {row['outcome']} |")
+    about = ", ".join(f"{key} {value[:12]}" for key, value in report["environment"].items())
+    return "\n".join([*lines, "", f"At full length, on a CPU: {about}."])
+
+
+def written(page: str, report: dict[str, Any]) -> str:
+    """The page with its report as it should be."""
+    before, rest = page.split(START)
+    return f"{before}{START}\n{table(report)}\n{rest[rest.index(END) :]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/fuzz.json")
+    parser.add_argument("--out", type=Path, default=REPORT)
     arguments = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     with tempfile.TemporaryDirectory() as folder:
@@ -47,9 +66,10 @@ def main() -> None:
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, **LENGTHS, "PYTHONPATH": str(ROOT)})
         tests = tried(junit)
     environment = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit or "unknown"}
-    arguments.out.write_text(
-        json.dumps({"environment": environment, "lengths": LENGTHS, "tests": tests}, indent=1) + "\n"
-    )
+    report = {"environment": environment, "lengths": LENGTHS, "tests": tests}
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    if arguments.out == REPORT:
+        PAGE.write_text(written(PAGE.read_text(), report))
     sys.exit(done.returncode)
 
 

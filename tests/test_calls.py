@@ -75,10 +75,9 @@ BAD_PIXELS: dict[str, tuple[Any, str]] = {
     "uint8": (X.byte(), "uint8.*normalised by the processor"),
     "bool": (X.bool(), "bool"),
     "complex": (X.to(torch.complex64), "complex64"),
-    "quantized": (torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), "qint8"),
     "on meta": (X.to("meta"), "meta"),
     "sparse": (X.to_sparse(), "sparse"),
-    "sparse rows": (X.to_sparse_csr(), "sparse"),
+    "sparse columns": (X.to_sparse(1), "sparse"),
     "nested": (torch.nested.nested_tensor([X], layout=torch.jagged), "nested"),
 }
 G = torch.tensor(GRID)

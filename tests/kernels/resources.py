@@ -74,6 +74,7 @@ class Launch:
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, int]
+    grid: tuple[int, ...]
 
 
 def launches(tower: str, tokens: int, arch: int) -> Iterator[Launch]:
@@ -129,9 +130,8 @@ def recorded_launches(
     for step in plan.steps:
         with record(arch) as recorded:
             launch_step(step, weights, buffers, tile)
-        kernel, arguments, options = recorded[0]
         label = f"{tower} {tokens} {step.op} {step.name.removeprefix('block.0.')}"
-        yield Launch(label, kernel, arguments, options)
+        yield Launch(label, *recorded[0])
 
 
 def meta_buffers(plan: Plan, bucket: Bucket, tile: int) -> dict[str, torch.Tensor]:
@@ -141,10 +141,10 @@ def meta_buffers(plan: Plan, bucket: Bucket, tile: int) -> dict[str, torch.Tenso
 
 
 class record:
-    """While entered, launches are appended to a list as (kernel, arguments, options) and devices pose as `arch`."""
+    """While entered, launches are appended to a list as the fields of Launch, and devices pose as `arch`."""
 
     def __init__(self, arch: int) -> None:
-        self.list: list[tuple[Any, dict[str, Any], dict[str, int]]] = []
+        self.list: list[tuple[Any, dict[str, Any], dict[str, int], tuple[int, ...]]] = []
         modules = (attention, linear, patch_embed, qkv, residual)
         self.patches = [mock.patch.object(m, "device_arch", lambda _: arch) for m in modules]
         self.patches.append(mock.patch.object(JITFunction, "run", self.run_in_place(self.list)))
@@ -153,7 +153,7 @@ class record:
     def run_in_place(into: list[Any]) -> Any:
         def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
             options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in kwargs}
-            into.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options))
+            into.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options, grid))
 
         return run
 
