@@ -59,11 +59,15 @@ def place(plan: Plan, bucket: Bucket, itemsize: int, tile: int) -> tuple[dict[st
 
 
 class Workspace:
-    """A slab on a device and the views of each bucket into it."""
+    """A slab on a device and the views of each bucket into it.
+
+    Made outside inference mode even if the caller is in it: a later call outside could not write to them.
+    """
 
     def __init__(self, plan: Plan, largest: Bucket, dtype: torch.dtype, device: torch.device, tile: int) -> None:
         self.plan, self.dtype, self.tile = plan, dtype, tile
-        self.slab = torch.empty(self._bytes(largest), dtype=torch.uint8, device=device)
+        with torch.inference_mode(False):
+            self.slab = torch.empty(self._bytes(largest), dtype=torch.uint8, device=device)
 
     def _bytes(self, bucket: Bucket) -> int:
         return place(self.plan, bucket, self.dtype.itemsize, self.tile)[1]
@@ -74,7 +78,8 @@ class Workspace:
         if size > self.slab.numel():
             raise ValueError(f"{bucket} needs {size} bytes; the slab holds {self.slab.numel()}")
         shape = shapes(self.plan, bucket, self.tile)
-        return {b.name: self._view(b, offsets[b.name], shape[b.name]) for b in self.plan.buffers}
+        with torch.inference_mode(False):
+            return {b.name: self._view(b, offsets[b.name], shape[b.name]) for b in self.plan.buffers}
 
     def _view(self, buffer: Buffer, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
         dtype = _DTYPES.get(buffer.dtype, self.dtype)

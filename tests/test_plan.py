@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping
 
 import pytest
+import torch
 
 from fused_vit.buckets import Bucket
 from fused_vit.packing import Item
 from fused_vit.plan import build_plan, cost
 from fused_vit.spec import TowerSpec
 from fused_vit.towers import parse_config
-from fused_vit.workspace import place, shapes
+from fused_vit.workspace import Workspace, place, shapes
 from tests.kernels import resources
 
 UNFOLD = "merge=2 raster=False class_token=False window=0 side=6 align_corners=True taps=4"
@@ -109,3 +110,13 @@ def test_the_slab_is_smaller_than_its_buffers() -> None:
     bytes_of = {"float32": 4, "int32": 4, "model": 2}
     apart = sum(math.prod(shapes(plan, bucket, 64)[b.name]) * bytes_of[b.dtype] for b in plan.buffers)
     assert place(plan, bucket, 2, 64)[1] < 0.87 * apart
+
+
+def test_a_workspace_made_in_inference_mode_serves_calls_outside_it() -> None:
+    with torch.inference_mode():  # where vLLM makes its first call
+        workspace = Workspace(build_plan(spec_of(**TINY)), Bucket(256, 4), torch.float32, torch.device("cpu"), 64)
+        inside = workspace.buffers(Bucket(64, 2))["x"]
+    outside = workspace.buffers(Bucket(64, 2))["x"]
+    outside.copy_(torch.ones_like(outside))
+    inside.copy_(2 * outside)
+    assert (outside == 2).all()
