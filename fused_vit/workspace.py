@@ -62,12 +62,20 @@ class Workspace:
     """A slab on a device and the views of each bucket into it.
 
     Made outside inference mode even if the caller is in it: a later call outside could not write to them.
+    Raises torch.OutOfMemoryError saying how much is needed.
     """
 
     def __init__(self, plan: Plan, largest: Bucket, dtype: torch.dtype, device: torch.device, tile: int) -> None:
         self.plan, self.dtype, self.tile = plan, dtype, tile
-        with torch.inference_mode(False):
-            self.slab = torch.empty(self._bytes(largest), dtype=torch.uint8, device=device)
+        size = self._bytes(largest)
+        try:
+            with torch.inference_mode(False):
+                self.slab = torch.empty(size, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"a workspace of {largest.tokens} tokens, {largest.segments} segments, takes {size} bytes of {device}: "
+                f"give smaller buckets or max_tokens, or send fewer patches at once ({error})"
+            ) from error
 
     def _bytes(self, bucket: Bucket) -> int:
         return place(self.plan, bucket, self.dtype.itemsize, self.tile)[1]

@@ -120,3 +120,14 @@ def test_a_workspace_made_in_inference_mode_serves_calls_outside_it() -> None:
     outside.copy_(torch.ones_like(outside))
     inside.copy_(2 * outside)
     assert (outside == 2).all()
+
+
+def test_a_workspace_that_does_not_fit_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    plan, bucket = build_plan(spec_of(**TINY)), Bucket(256, 4)
+    size = place(plan, bucket, 4, 64)[1]
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(torch.OutOfMemoryError, match=f"256 tokens, 4 segments, takes {size} bytes.*max_tokens"):
+        Workspace(plan, bucket, torch.float32, torch.device("cpu"), 64)
