@@ -22,14 +22,13 @@ from .calls import Grid, check_dense, flatten_call
 from .errors import InputError
 from .executor import define, launch
 from .graphs import BucketGraph, capture
-from .layouts import choose_layout
 from .output import VisionOutput
 from .plan import Buffer, Plan, build_plan
-from .spec import PoolSpec, TowerSpec
-from .towers import Tower, find_tower, parse_config
+from .source import read_module, read_tower
+from .spec import TowerSpec
+from .towers import find_tower, parse_config
 from .weights.checkpoint import Checkpoint
-from .weights.pack import Read, pack_tower
-from .weights.read import check_module, reader
+from .weights.pack import pack_tower
 from .workspace import Workspace
 
 logger = logging.getLogger("fused_vit")
@@ -73,19 +72,6 @@ def load(
     )
 
 
-def read_tower(checkpoint: Checkpoint, tower: Tower, spec: TowerSpec) -> tuple[Read, torch.dtype]:
-    """What reads a checkpoint's tower by part, and the dtype of its weights. Raises CheckpointError before reading."""
-    layout = choose_layout(tower.layouts, spec, checkpoint.files)
-    tensors = checkpoint.tower(layout.prefixes, layout.expected(spec), layout.unused)
-    stored = tensors[layout.names_of("patch_embed.weight")[0]].dtype
-    read = reader(layout, spec, tensors)
-    if not (isinstance(spec.merger, PoolSpec) and spec.merger.projector and tower.projector):
-        return read, stored
-    behind = tower.projector.layout
-    read_behind = reader(behind, spec, checkpoint.tower(behind.prefixes, behind.expected(spec)))
-    return lambda part, i: (read_behind if behind.has(part) else read)(part, i), stored
-
-
 def _device(device: torch.device | str | None) -> torch.device:
     place = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if place.type == "cuda" and place.index is None:
@@ -99,17 +85,6 @@ def _checked(dtype: torch.dtype) -> torch.dtype:
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype}; supported: {', '.join(map(str, DTYPES))}")
     return dtype
-
-
-def read_module(module: torch.nn.Module, tower: Tower, spec: TowerSpec) -> Read:
-    """What reads a live module's tower by part. Raises SpecError with the tensors that are not plain ones."""
-    state = {name.replace("patch_embed.linear_proj", "patch_embed.proj"): t for name, t in module.state_dict().items()}
-    layout = choose_layout(tower.layouts, spec, state)
-    expected = layout.expected(spec)
-    prefix = max(layout.prefixes, key=lambda prefix: sum(prefix + name in state for name in expected))
-    tensors = {name: state[prefix + name] for name in expected if prefix + name in state}
-    check_module(type(module).__name__, expected, tensors)
-    return reader(layout, spec, tensors)
 
 
 class FusedViT:

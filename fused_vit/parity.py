@@ -18,11 +18,12 @@ from einops import rearrange
 from torch import nn
 
 from .buckets import Bucket
-from .encoder import FusedViT, read_tower
+from .encoder import FusedViT
 from .errors import CheckpointError
 from .executor import launch_step, trace
 from .packing import ROWS, TILES, Item, items, table
 from .plan import Step
+from .source import read_tower
 from .towers import Tower, find_tower, parse_config, vision_config
 from .weights.checkpoint import Checkpoint
 from .weights.read import state_of
