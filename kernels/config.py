@@ -81,8 +81,8 @@ _GEMM_16BIT: dict[int, dict[str, tuple[tuple[int, GemmConfig], ...]]] = {
 }
 _GEMM_32BIT = GemmConfig(64, 64, 32, 4, 2)
 
-# Times of 27 blocks one after the other in a graph, where a kernel's code and operands are no longer in the caches;
-# from bench/results/hopper_blocks.json.
+# Times among the other launches of a block (bench/blocks.py, bench/results/hopper_blocks.json), which leave neither a
+# kernel's code nor its operands in the caches.
 _TALL = HopperConfig(128, 128, 2, buffers=5, step_us=0.45, tile_us=0.3)
 _DEEP = HopperConfig(256, 128, 1, buffers=4, step_us=0.69, tile_us=6.0)
 _BROAD = HopperConfig(128, 192, 1, buffers=5, step_us=0.56, tile_us=6.0)
