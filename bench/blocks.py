@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from rich.console import Console
@@ -24,6 +23,7 @@ from rich.table import Table
 from bench.cases import CASES
 from bench.steps import Loaded, load, random_weights
 from bench.timing import BenchError, environment, require_gpu, save, script
+from bench.tune import forced
 from fused_vit.buckets import choose, ladder
 from fused_vit.kernels import config, linear, qkv, residual
 from fused_vit.kernels.config import HopperConfig
@@ -38,11 +38,11 @@ BLOCK, MERGER = ("qkv", "attention", "proj", "fc1", "fc2"), ("norm", "fc1", "fc2
 
 
 @contextmanager
-def forced(form: HopperConfig) -> Iterator[None]:
-    """Every matmul in this form, as far as its kernel has a Gluon form at all."""
+def all_forced(form: HopperConfig) -> Iterator[None]:
+    """Every matmul in this form."""
     with ExitStack() as stack:
         for module in (linear, qkv, residual):
-            stack.enter_context(mock.patch.object(module, "hopper_config", lambda *_: form))
+            stack.enter_context(forced(module, form))
         yield
 
 
@@ -88,7 +88,7 @@ def measure(case: str) -> list[dict[str, Any]]:
     steps = {step.name: step for step in tower.plan.steps}
     rows = []
     for name, form in FORMS.items():
-        with forced(form):
+        with all_forced(form):
             blocks = [lambda s=steps[f"block.{i}.{op}"]: tower.launch(s) for i in range(DEPTH) for op in BLOCK]
             mergers = [
                 lambda s=steps[f"{m}.{op}"]: tower.launch(s) for m in ("deepstack.0", "merger") for op in MERGER

@@ -127,11 +127,16 @@ def plot(report: dict[str, Any], path: Path) -> None:
         pyplot.close(figure)
 
 
+def between(page: str, start: str, end: str, part: str) -> str:
+    """A page whose text between two marks is `part`."""
+    before, rest = page.split(start)
+    return f"{before}{start}\n{part}\n{rest[rest.index(end) :]}"
+
+
 def written(readme: str, report: dict[str, Any]) -> str:
     """The README with its figures as they should be."""
     text = [table(report, RESULT), f"![whole calls against patches]({PLOT})", parts(report), follows(report)]
-    before, rest = readme.split(START)
-    return f"{before}{START}\n" + "\n\n".join(filter(None, text)) + f"\n{rest[rest.index(END) :]}"
+    return between(readme, START, END, "\n\n".join(filter(None, text)))
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bench.report import between
+
 ROOT = Path(__file__).parent.parent
 CPU, GPU = ROOT / "bench/results/families_cpu.json", ROOT / "bench/results/families.json"
 PAGES = (ROOT / "README.md", ROOT / "docs/support.md")
@@ -104,8 +106,7 @@ def written(path: Path) -> str:
     text = path.read_text()
     for start, end, part in ((START, END, table), (SPEED_START, SPEED_END, speeds)):
         if start in text:
-            before, rest = text.split(start)
-            text = f"{before}{start}\n{part()}\n{rest[rest.index(end) :]}"
+            text = between(text, start, end, part())
     return text
 
 

@@ -132,7 +132,7 @@ def _memory(plan: Plan, tensors: TowerTensors, max_tokens: int) -> Table:
 
 @app.command()
 def encode(
-    images: Annotated[list[Path], typer.Argument(help="photographs, in any format that pillow reads")],
+    images: Annotated[list[Path], typer.Argument(help="photographs: JPEG, PNG, WEBP, GIF, BMP, TIFF or PPM")],
     checkpoint: Annotated[str, typer.Option(help="folder, .safetensors file or hub id")],
     output: Annotated[Path, typer.Option("-o", "--output", help=".safetensors to write")] = Path("out.safetensors"),
     pca: Annotated[Path | None, typer.Option(help="picture to write: each photo beside its patches' PCA")] = None,
@@ -144,7 +144,7 @@ def encode(
 
     What was done stays in OUTPUT.parts until all is: after an interruption the same command does the rest.
     """
-    from .encoding import Done, Failed, Parts, encode_photos, merge
+    from .encoding import Done, Failed, Parts, encode_photos, identity, merge
     from .images import processor, read_image
     from .pca import picture
 
@@ -153,13 +153,12 @@ def encode(
             raise InputError(f"{target}: there is no folder {target.parent}; make it first")
     vit = load(checkpoint, device=device, dtype=_torch(dtype), revision=revision)
     prepare = processor(vit.spec, checkpoint, revision=revision)
-    source = checkpoint if revision is None else f"{checkpoint}@{revision}"
-    parts = Parts(output.with_name(f"{output.name}.parts"), source, vit.dtype, pca is not None)
+    parts = Parts(output.with_name(f"{output.name}.parts"), identity(vit, prepare), pca is not None)
     with Progress(console=Console(stderr=True)) as progress:
         rows = encode_photos(vit, prepare, progress.track(images, description="encoding"), parts)
     done, failed = [row for row in rows if isinstance(row, Done)], [row for row in rows if isinstance(row, Failed)]
     if done:
-        maps = merge(done, output, {"fused_vit": __version__, "checkpoint": source})
+        maps = merge(done, output, {"fused_vit": __version__, "checkpoint": checkpoint})
         out.print(f"{len(done)} images to {output} ({vit.backend} on {vit.device})", highlight=False, soft_wrap=True)
         if pca is not None:
             try:

@@ -22,7 +22,7 @@ from . import __version__
 from .calls import flatten_call
 from .encoder import FusedViT
 from .errors import InputError
-from .images import call_of, read_image
+from .images import call_of, check_file, read_image
 from .pca import colours, raster
 
 COLOURS = "colours"  # in a part beside the features: the picture of the patches, if one is wanted
@@ -46,17 +46,20 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The folder of a run's parts. A part is named by everything that its features depend on."""
+    """The folder of a run's parts. A part is named by everything that its features depend on.
+
+    encoder: an `identity`.
+    """
 
     folder: Path
-    checkpoint: str
-    dtype: torch.dtype
+    encoder: str
     coloured: bool
 
     def of(self, photo: Path) -> Path:
-        status = os.stat(photo)
-        about = [str(photo), status.st_size, status.st_mtime_ns, self.checkpoint, str(self.dtype), self.coloured]
-        name = hashlib.blake2b(json.dumps([*about, __version__]).encode(), digest_size=16).hexdigest()
+        """Where a photograph's part lies, or will. Raises InputError where there is no such file."""
+        status = check_file(photo)
+        about = [str(photo), status.st_size, status.st_mtime_ns, self.encoder, self.coloured]
+        name = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
         return self.folder / f"{name}.safetensors"
 
     def write(self, part: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -67,16 +70,23 @@ class Parts:
         os.replace(unfinished, part)
 
 
+def identity(vit: FusedViT, prepare: Any) -> str:
+    """Of an encoder and its processor: by their numbers, since a name may stand for others tomorrow."""
+    found = hashlib.blake2b(f"{__version__} {vit.spec} {prepare.to_json_string()}".encode(), digest_size=16)
+    for name, weight in sorted(vit.weights.items()):
+        found.update(f"{name} {weight.dtype}".encode())
+        found.update(weight.contiguous().view(torch.uint8).cpu().numpy().data)
+    return found.hexdigest()
+
+
 def encode_photos(vit: FusedViT, prepare: Any, photos: Iterable[Path], parts: Parts) -> list[Done | Failed]:
     """Every photograph's part, made now unless it lies there from an earlier run."""
     rows: list[Done | Failed] = []
     for photo in photos:
         try:
-            part = parts.of(photo) if photo.is_file() else None
-            if part is None or not _readable(part):
-                tensors = _encode(vit, prepare, photo, parts.coloured)
-                part = part or parts.of(photo)
-                parts.write(part, tensors)
+            part = parts.of(photo)
+            if not _readable(part):
+                parts.write(part, _encode(vit, prepare, photo, parts.coloured))
             rows.append(Done(photo, part))
         except (InputError, torch.OutOfMemoryError) as error:
             rows.append(Failed(photo, " ".join(str(error).removeprefix(f"{photo}: ").split())))

@@ -77,14 +77,7 @@ def read_image(path: str | Path) -> Any:
     """
     from PIL import Image
 
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or 'cannot be opened').lower()}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path}: not a regular file")
-    if status.st_size > MAX_BYTES:
-        raise InputError(f"{path}: {status.st_size} bytes; expected at most {MAX_BYTES}")
+    check_file(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours, below
@@ -102,6 +95,19 @@ def read_image(path: str | Path) -> Any:
         kinds = ", ".join(FORMATS)
         raise InputError(f"{path}: not an image that can be read; supported: {kinds}, complete files") from error
     raise InputError(f"{path}: {too_large}; expected at most {MAX_PIXELS}")
+
+
+def check_file(path: str | Path) -> os.stat_result:
+    """What the system says of a file of at most MAX_BYTES. Raises InputError naming it."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise InputError(f"{path}: {(error.strerror or 'cannot be opened').lower()}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path}: not a regular file")
+    if status.st_size > MAX_BYTES:
+        raise InputError(f"{path}: {status.st_size} bytes; expected at most {MAX_BYTES}")
+    return status
 
 
 def _rgb(image: Any) -> Any:

@@ -79,7 +79,7 @@ def linear(
 ) -> None:
     """Launch over the rows of y that count[0] holds."""
     rows, (columns, depth) = y.shape[0], weight.shape
-    op = "merger" if activation == "gelu" else "gated" if gated else "linear"  # erf spills in wide tiles
+    op = "merger" if activation == "gelu" else "gated" if gated else "linear"  # erf is much code
     arch, programs = device_arch(x.device), multiprocessors(x.device)
     hopper = hopper_config(op, rows, columns, depth, x.dtype, arch, programs)
     if hopper:

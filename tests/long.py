@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from bench.report import between
+
 ROOT = Path(__file__).parent.parent
 REPORT, PAGE = ROOT / "bench/results/fuzz.json", ROOT / "docs/reliability.md"
 START, END = "<!-- fuzz:start -->", "<!-- fuzz:end -->"
@@ -51,8 +53,7 @@ def table(report: dict[str, Any]) -> str:
 
 def written(page: str, report: dict[str, Any]) -> str:
     """The page with its report as it should be."""
-    before, rest = page.split(START)
-    return f"{before}{START}\n{table(report)}\n{rest[rest.index(END) :]}"
+    return between(page, START, END, table(report))
 
 
 def main() -> None:

@@ -491,5 +491,5 @@ def test_the_fastest_form_of_every_step() -> None:
 
 def test_every_form_of_the_table_is_timed_and_every_matmul_can_be_forced_into_it() -> None:
     assert set(blocks.FORMS.values()) == {form for forms in config._HOPPER.values() for form in forms}
-    with blocks.forced(blocks.FORMS["deep"]):
+    with blocks.all_forced(blocks.FORMS["deep"]):
         assert all(module.hopper_config() is blocks.FORMS["deep"] for module in (linear, qkv, residual))

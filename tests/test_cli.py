@@ -144,7 +144,7 @@ def test_a_bad_image_costs_only_itself(checkpoint: Path, photos: list[Path], tmp
     assert "2 of 4 images failed" in error(result)
     failures = [line for line in result.stdout.splitlines() if line.startswith("failed: ")]
     assert len(failures) == 2 and f"{bad}: not an image" in failures[0] and f"{thin}: " in failures[1]
-    assert {name for name in load_file(out) if "." not in Path(name).suffix[1:]} >= {f"{photo}" for photo in photos}
+    assert {f"{photo}" for photo in photos} <= set(load_file(out))
     for path in (bad, thin):
         Image.new("RGB", (256, 256), "red").save(path)
     assert run(*command).exit_code == 0
@@ -179,15 +179,18 @@ def test_an_interrupted_run_does_the_rest(
 
 
 def test_what_changed_is_encoded_again(checkpoint: Path, tmp_path: Path) -> None:
-    photo, bad, out = tmp_path / "photo.png", tmp_path / "bad.png", tmp_path / "out.safetensors"
+    """A photograph under the same name, and a checkpoint: the run is never over, so parts stay."""
+    photo, bad, out, other = (tmp_path / name for name in ("photo.png", "bad.png", "out.safetensors", "other"))
     bad.write_text("no image")
-    command = ("encode", photo, bad, "--checkpoint", checkpoint, "-o", out, "--device", "cpu")
+    other.mkdir()
+    name = "model.visual.merger.linear_fc2.bias"
     features = []
-    for colour in ("red", "white"):
+    for colour, change in (("red", {}), ("white", {}), ("white", {name: torch.ones(32)})):
+        broken(checkpoint, other, change)
         Image.new("RGB", (256, 256), colour).save(photo)
-        assert run(*command).exit_code == 1
+        assert run("encode", photo, bad, "--checkpoint", other, "-o", out, "--device", "cpu").exit_code == 1
         features.append(load_file(out)[f"{photo}"])
-    assert not torch.equal(*features)
+    assert not torch.equal(features[0], features[1]) and not torch.equal(features[1], features[2])
 
 
 def test_env_says_what_a_report_needs() -> None:

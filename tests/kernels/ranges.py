@@ -1,8 +1,8 @@
 """Ranges: the bounds of every integer of a compiled kernel, so that none of 32 bits overflows on its way to an address.
 
 Read from Triton's IR (plain kernels) or TritonGPU's (Gluon), with the arguments and the grid of a real launch. What
-comes from memory or goes round a loop (rows, counts, places, tiles) is taken to be at most the bucket's rows, a product
-of two such numbers (an image's height and width) too, unless `bounds` says better of an argument's memory.
+comes from memory or goes round a loop (rows, counts, places, tiles) is taken to be at most the bucket's rows, and so is
+the product of two numbers from memory: an image's height and width. `bounds` says better of an argument's memory.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from tests.kernels.resources import Launch
 
 Range = tuple[int, int]
-BITS: dict[int, Range] = {n: (-(1 << (n - 1)), (1 << (n - 1)) - 1) for n in (32, 64)}
-UNKNOWN = BITS[32]
+UNKNOWN: Range = (-(1 << 31), (1 << 31) - 1)  # and what 32 bits hold
 SAME = (
     "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans", "tt.reduce", "arith.extsi", "arith.trunci",
     "ttg.convert_layout",
@@ -78,7 +77,7 @@ def signature(ir: str, launch: Launch) -> dict[str, Any]:
 def overflows(
     ir: str, launch: Launch, rows: int, bounds: Mapping[str, int], facts: Mapping[tuple[str, str], Range]
 ) -> list[str]:
-    """What may leave its 32 bits, or reach an address without known bounds: lines of the IR, none if all is well.
+    """What may leave its 32 bits, or leave them for an address or 64 without known bounds: lines, none if all is well.
 
     bounds: of what an argument points to. facts: (operation, name in the source) -> what is known of it otherwise.
     """
@@ -87,6 +86,7 @@ def overflows(
     known: dict[str, Range] = {name: (v, v) for name, v in arguments.items() if isinstance(v, int)}
     memory = {name: (-1, bounds[name.strip("%")]) for name in arguments if name.strip("%") in bounds}  # behind pointers
     captured: list[str] = []
+    loaded: set[str] = set()
     found = []
 
     def of(name: str) -> Range:
@@ -118,11 +118,15 @@ def overflows(
                 found.append(f"an address of unknown bounds: {text}")
             continue
         value = memory.get(names[0], carried) if op == "tt.load" else _value(op, rest, operands, launch.grid, carried)
+        if op == "tt.load":
+            loaded.update(results)
+        if op == "arith.extsi" and operands[0] == UNKNOWN:
+            found.append(f"widened with unknown bounds: {text}")
         value = facts.get((op, re.sub(r"_\d+$", "", results[0].strip("%"))), value)
         if op in GROWING and re.search(r"(xi32[,>]|^i32$)", kind):
             if UNKNOWN in operands:
                 value = UNKNOWN
-            elif op == "arith.muli" and operands == [carried, carried]:
+            elif op == "arith.muli" and loaded.issuperset(names):
                 value = carried
             elif not UNKNOWN[0] <= value[0] <= value[1] <= UNKNOWN[1]:
                 found.append(f"{value[0]} to {value[1]} in 32 bits: {text}")
