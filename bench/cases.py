@@ -5,8 +5,11 @@ from __future__ import annotations
 from fused_vit.errors import InputError
 
 CASES: dict[str, list[list[int]]] = {  # name -> grids (t, h, w) of 16-pixel patches
+    "128²": [[1, 8, 8]],
     "224²": [[1, 14, 14]],
+    "256²": [[1, 16, 16]],
     "448²": [[1, 28, 28]],
+    "4 x 256²": [[1, 16, 16]] * 4,
     "768x1024": [[1, 48, 64]],
     "1024²": [[1, 64, 64]],
     "1080p": [[1, 68, 120]],

@@ -74,13 +74,13 @@ def parts(report: dict[str, Any]) -> str:
 
 
 def follows(report: dict[str, Any]) -> str:
-    """The sentence on buckets that are not full; nothing where it was not measured."""
+    """The sentence on calls between two sizes; nothing where it was not measured."""
     found = report.get("cost_follows_tokens")
     if not found:
         return ""
     return (
-        f"A bucket of {found['full']['rows']} rows with {found['share']:.0%} of them in use takes "
-        f"{found['ratio']:.2f} of its full time, attention left out."
+        f"A call of {found['part']['rows']} patches, {found['share']:.0%} of {found['full']['rows']}, takes "
+        f"{found['ratio']:.2f} of the time of one of {found['full']['rows']}, attention left out."
     )
 
 

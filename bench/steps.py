@@ -48,7 +48,7 @@ def load(plan: Plan, weights: Tensors, grids: Sequence[Sequence[int]], bucket: B
     weight = weights["patch_embed.weight"]
     pixels = sum(t * h * w for t, h, w in grids)
     pack = items(plan.spec, grids, pixels)
-    views = Workspace(plan, bucket, weight.dtype, weight.device, tile).buffers(bucket)
+    views = Workspace(plan, [bucket], weight.dtype, weight.device, tile).buffers(bucket)
     buffers = {name: torch.zeros_like(view) for name, view in views.items()}
     features = plan.spec.patch.features
     noise = torch.randn(pixels, features, generator=torch.Generator().manual_seed(0))

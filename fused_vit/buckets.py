@@ -1,7 +1,7 @@
 """Buckets: the sizes for which a CUDA graph exists.
 
-Kernels read the true counts from the device and skip the empty part of a bucket, so that the ladder can be sparse. It
-is denser where tiles are many: which of them fill the last round of multiprocessors is chosen for a bucket.
+Kernels read the true counts from the device and skip the empty part of a bucket. The ladder is dense all the same:
+which tiles fill the last round of multiprocessors is chosen for a bucket.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ class Bucket:
 
 
 def ladder(max_tokens: int, windowed: bool = False) -> tuple[Bucket, ...]:
-    """From 256 tokens up to max_tokens (always included), a segment for every 64 tokens.
+    """From 64 tokens up to max_tokens (always included), a segment for every 64 tokens.
 
-    Every size doubles the last one up to 2048, from there on every fourth.
+    Every size doubles the last one up to 512, from there on every fourth.
 
     windowed: for every 32, since windows of at most 64 patches are smaller at the edges.
     """
     per_segment = 32 if windowed else 64
     if max_tokens <= 0:
         raise InputError(f"max_tokens is {max_tokens}; expected a positive number of patches")
-    sizes = [256]
+    sizes = [64]
     while sizes[-1] < max_tokens:
-        step = sizes[-1] if sizes[-1] < 2048 else 1 << sizes[-1].bit_length() - 3
+        step = sizes[-1] if sizes[-1] < 512 else 1 << sizes[-1].bit_length() - 3
         sizes.append(min(sizes[-1] + step, max_tokens))
     return tuple(Bucket(size, max(16, size // per_segment)) for size in sizes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -18,7 +19,7 @@ def flatten_call(spec: TowerSpec, pixels: torch.Tensor, grid: Grid | None) -> tu
     if grid is None:
         return patches_of_images(spec, pixels)
     p, shape = spec.patch, tuple(pixels.shape)
-    frames = (p.temporal,) if p.temporal > 1 else ()
+    frames = (p.temporal,) if p.temporal > 1 and not p.bytes else ()
     patch = (p.channels, *frames, p.size, p.size)
     if shape[-len(patch) :] == patch:
         shape = (*shape[: -len(patch)], p.features)
@@ -27,9 +28,16 @@ def flatten_call(spec: TowerSpec, pixels: torch.Tensor, grid: Grid | None) -> tu
     if len(shape) != 2 or shape[1] != p.features:
         raise InputError(
             f"pixel_values has shape {list(pixels.shape)}; expected [patches, {p.features}] "
-            f"({p.channels} channels x {p.temporal} frames x {p.size} x {p.size}, as the processor lays them out)"
+            f"({' x '.join(map(str, patch))}: channels, frames if there are two, size; as the processor lays them out)"
         )
-    return pixels.reshape(shape), read_grid(grid, (2, 3) if p.temporal == 1 else (3,))
+    patches = pixels if pixels.ndim == 2 else pixels.reshape(shape)  # 3 us
+    return patches, read_grid(grid, (2, 3) if p.temporal == 1 else (3,))
+
+
+def call_of(batch: Any) -> tuple[Any, Any]:
+    """pixel_values and the grid, whatever the processor calls it; None where images are whole."""
+    names = ("image_grid_thw", "grid_thws", "image_grid_hws")
+    return batch["pixel_values"], next((batch[name] for name in names if name in batch), None)
 
 
 def check_dense(name: str, tensor: torch.Tensor) -> None:

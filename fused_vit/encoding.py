@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import __version__
-from .calls import flatten_call
+from .calls import call_of, flatten_call
 from .encoder import FusedViT
 from .errors import InputError
-from .images import call_of, check_file, read_image
+from .images import check_file, read_image
 from .pca import colours, raster
 
 COLOURS = "colours"  # in a part beside the features: the picture of the patches, if one is wanted

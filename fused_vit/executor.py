@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -10,6 +11,7 @@ from .packing import Item, table
 from .plan import Plan, Step
 
 Tensors = Mapping[str, torch.Tensor]
+ASIDE = 24  # multiprocessors for steps aside: what blocks of 256 rows leave idle of an H100's 132
 WHOLE_SEGMENT = 1 << 30  # attention tile of the definition: all queries of a segment at once
 
 
@@ -39,16 +41,31 @@ def define(plan: Plan, weights: Tensors, pixels: torch.Tensor, pack: Sequence[It
     return [buffers.get(name) for name in plan.outputs]
 
 
-def launch(plan: Plan, weights: Tensors, buffers: Tensors, tile: int) -> None:
-    """The plan's kernels on the current stream. Allocates nothing, synchronises nothing: fit for capture."""
+def launch(plan: Plan, weights: Tensors, buffers: Tensors, tile: int, side: torch.cuda.Stream | None = None) -> None:
+    """The plan's kernels on the current stream. Allocates nothing, synchronises nothing: fit for capture.
+
+    side: a stream for steps that are `aside`, in a bucket whose buffers are placed for it (workspace.beside).
+    """
+    running: set[str] = set()  # buffers of steps on the side stream
     for step in plan.steps:
+        if side is not None and step.aside:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                launch_step(step, weights, buffers, tile, programs=ASIDE)
+            running |= step.touched
+            continue
+        if side is not None and running & step.touched:
+            torch.cuda.current_stream().wait_stream(side)
+            running.clear()
         launch_step(step, weights, buffers, tile)
+    if side is not None and running:
+        torch.cuda.current_stream().wait_stream(side)
 
 
-def launch_step(step: Step, weights: Tensors, buffers: Tensors, tile: int) -> None:
+def launch_step(step: Step, weights: Tensors, buffers: Tensors, tile: int, **options: Any) -> None:
     from .kernels.ops import OPS
 
-    options = dict(step.options)
+    options |= dict(step.options)
     if step.op == "unfold":
         options["tile"] = tile
     if step.count is not None:

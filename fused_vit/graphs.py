@@ -12,7 +12,7 @@ from .buckets import Bucket
 from .executor import launch
 from .packing import items, table
 from .plan import Plan
-from .workspace import Workspace
+from .workspace import Workspace, beside
 
 
 @dataclass(slots=True)
@@ -43,6 +43,7 @@ def capture(plan: Plan, weights: Mapping[str, torch.Tensor], workspace: Workspac
     launch(plan, weights, buffers, workspace.tile)
     torch.cuda.current_stream().synchronize()
     graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream() if beside(bucket) else None
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        launch(plan, weights, buffers, workspace.tile)
+        launch(plan, weights, buffers, workspace.tile, side)
     return BucketGraph(bucket, buffers, graph, time.perf_counter() - start)

@@ -50,12 +50,6 @@ def processor(spec: TowerSpec, source: str | Path, *, revision: str | None = Non
     return found
 
 
-def call_of(batch: Any) -> tuple[Any, Any]:
-    """pixel_values and the grid, whatever the processor calls it; None where images are whole."""
-    names = ("image_grid_thw", "grid_thws", "image_grid_hws")
-    return batch["pixel_values"], next((batch[name] for name in names if name in batch), None)
-
-
 def _processor_class(name: str) -> Any:
     """transformers 5 calls the PIL form ...Pil; in 4.57 it is the plain name, and ...Fast the other."""
     try:

@@ -260,7 +260,7 @@ def run_steps(
         yield from trace(plan, vit.weights, pixels, pack)
         return
     bucket = Bucket(sum(item.rows for item in pack), sum(item.segments for item in pack))
-    buffers = Workspace(plan, bucket, vit.dtype, vit.device, vit.tile).buffers(bucket)
+    buffers = Workspace(plan, [bucket], vit.dtype, vit.device, vit.tile).buffers(bucket)
     integers = torch.tensor(table(pack, vit.tile), dtype=torch.int32)
     buffers["table"][: len(integers)].copy_(integers)
     buffers["pixels"][: len(pixels), : pixels.shape[1]].copy_(pixels)

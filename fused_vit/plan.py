@@ -28,14 +28,15 @@ class Buffer:
 
     name: str
     shape: tuple[Dim, ...]
-    dtype: Literal["model", "float32", "int32"] = "model"
+    dtype: Literal["model", "float32", "int32", "uint8"] = "model"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One launch: op (a key of kernels.ops.OPS) over buffers and packed weights; "" stands for an absent one.
 
-    count: header place of its rows; matmul: useful columns and depth, for its cost.
+    count: header place of its rows; matmul: useful columns and depth, for its cost; aside: may run beside what follows,
+    until a step needs a buffer that it touches.
     """
 
     name: str
@@ -46,6 +47,12 @@ class Step:
     count: int | None
     options: tuple[tuple[str, Any], ...] = ()
     matmul: tuple[int, int] = (0, 0)
+    aside: bool = False
+
+    @property
+    def touched(self) -> set[str]:
+        """Buffers, but for the table, which every step reads."""
+        return {*self.reads, *self.writes} - {"", "table"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +116,7 @@ def _buffers(spec: TowerSpec, deepstack: Sequence[str]) -> list[Buffer]:
     gate = padded(merger.mlp.width) if isinstance(merger, ConvMergerSpec) else 0
     return [
         Buffer("table", ("table",), "int32"),
-        Buffer("pixels", ("rows", -(-spec.patch.features // ALIGN) * ALIGN)),
+        Buffer("pixels", ("rows", -(-spec.patch.features // ALIGN) * ALIGN), "uint8" if spec.patch.bytes else "model"),
         Buffer("places", (2, "rows"), "float32"),
         Buffer("tap_index", ("rows", taps), "int32"),
         Buffer("tap_weight", ("rows", taps), "float32"),
@@ -264,16 +271,19 @@ def _merger(
 ) -> list[Step]:
     """Three launches over merged rows: norm, linear + GELU, linear. The patches of a merged row are neighbours.
 
-    whole: the norm is of the merged row, not of each patch. scatter: the order in which merged rows are stored, where
-    it is not the order in which they run.
+    whole: a deepstack merger's: the norm is of the merged row, not of each patch, and blocks follow. scatter: the order
+    in which merged rows are stored, where it is not the order in which they run.
     """
     wide = spec.width * spec.patches
     up, down = _linear(None, "gelu"), (*_linear(), ("scatter", spec.patches)) if scatter else _linear()
     first, second = ((*_weights(f"{name}.{n}"), "") for n in ("fc1", "fc2"))
     return [
         _merger_norm(spec, merger.norm, f"{name}.norm", x, whole),
-        Step(f"{name}.fc1", "linear", ("merging",), ("normed", "", ""), first, MERGED, up, (wide, wide)),
-        Step(f"{name}.fc2", "linear", (output,), ("merging", "", scatter), second, MERGED, down, (merger.out, wide)),
+        Step(f"{name}.fc1", "linear", ("merging",), ("normed", "", ""), first, MERGED, up, (wide, wide), aside=whole),
+        Step(
+            f"{name}.fc2", "linear", (output,), ("merging", "", scatter), second, MERGED, down, (merger.out, wide),
+            aside=whole,
+        ),
     ]  # fmt: skip
 
 

@@ -30,11 +30,12 @@ class PatchSpec:
     bias: bool = True
     order: Literal["block", "raster"] = "block"  # rows of pixel_values in a frame: merge-block-major, or plain raster
     norm: NormSpec | None = None  # of the embedded patch, before positions are added
+    bytes: bool = False  # pixels are uint8, of the one frame that a still has; weights.pack.of_bytes has the rest
 
     @property
     def features(self) -> int:
         """Columns of pixel_values."""
-        return self.channels * self.temporal * self.size * self.size
+        return self.channels * (1 if self.bytes else self.temporal) * self.size * self.size
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ A launch allocates nothing, memory does not grow with the number of buckets, and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -15,8 +15,8 @@ from .packing import FIELDS, HEADER
 from .plan import Buffer, Plan
 
 ALIGNMENT = 256  # bytes
-_BYTES = {"float32": 4, "int32": 4}
-_DTYPES = {"float32": torch.float32, "int32": torch.int32}
+ASIDE = 256  # tokens of the largest bucket whose graph runs steps aside
+_DTYPES = {"float32": torch.float32, "int32": torch.int32, "uint8": torch.uint8}
 
 
 def shapes(plan: Plan, bucket: Bucket, tile: int) -> dict[str, tuple[int, ...]]:
@@ -31,22 +31,37 @@ def shapes(plan: Plan, bucket: Bucket, tile: int) -> dict[str, tuple[int, ...]]:
     return {b.name: tuple(d if isinstance(d, int) else sizes[d] for d in b.shape) for b in plan.buffers}
 
 
-def _lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
-    """First and last step that touch a buffer; inputs live from the start, outputs to the end."""
+def beside(bucket: Bucket) -> bool:
+    """Whether a bucket's graph runs steps aside: only where the others leave multiprocessors idle."""
+    return bucket.tokens <= ASIDE
+
+
+def _lifetimes(plan: Plan, aside: bool) -> dict[str, tuple[int, int]]:
+    """First and last step while which a buffer is in use; inputs live from the start, outputs to the end."""
     spans: dict[str, tuple[int, int]] = {"table": (0, len(plan.steps)), "pixels": (0, 0)}
     for i, step in enumerate(plan.steps):
-        for name in (*step.reads, *step.writes):
-            if name:
-                spans[name] = (spans.get(name, (i, i))[0], max(i, spans.get(name, (i, i))[1]))
+        last = _awaited(plan, i) if aside and step.aside else i
+        for name in step.touched:
+            first, until = spans.get(name, (i, i))
+            spans[name] = (first, max(last, until))
     return spans | {name: (spans[name][0], len(plan.steps)) for name in plan.outputs if name}
+
+
+def _awaited(plan: Plan, i: int) -> int:
+    """The step before which step i, aside, is waited for, as executor.launch does."""
+    touched = plan.steps[i].touched
+    later = (j for j in range(i + 1, len(plan.steps)) if not plan.steps[j].aside and plan.steps[j].touched & touched)
+    return next(later, len(plan.steps))
 
 
 def place(plan: Plan, bucket: Bucket, itemsize: int, tile: int) -> tuple[dict[str, int], int]:
     """Byte offset of each buffer and the slab's size: largest first, each at the lowest place free during its life."""
+    shape = shapes(plan, bucket, tile)
     sizes = {
-        b.name: math.prod(shapes(plan, bucket, tile)[b.name]) * _BYTES.get(b.dtype, itemsize) for b in plan.buffers
+        b.name: math.prod(shape[b.name]) * (_DTYPES[b.dtype].itemsize if b.dtype in _DTYPES else itemsize)
+        for b in plan.buffers
     }
-    spans = _lifetimes(plan)
+    spans = _lifetimes(plan, beside(bucket))
     offsets: dict[str, int] = {}
     for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
         offset = 0
@@ -65,9 +80,11 @@ class Workspace:
     Raises torch.OutOfMemoryError saying how much is needed.
     """
 
-    def __init__(self, plan: Plan, largest: Bucket, dtype: torch.dtype, device: torch.device, tile: int) -> None:
+    def __init__(
+        self, plan: Plan, buckets: Sequence[Bucket], dtype: torch.dtype, device: torch.device, tile: int
+    ) -> None:
         self.plan, self.dtype, self.tile = plan, dtype, tile
-        size = self._bytes(largest)
+        size, largest = max((self._bytes(bucket), bucket) for bucket in buckets)
         try:
             with torch.inference_mode(False):
                 self.slab = torch.empty(size, dtype=torch.uint8, device=device)

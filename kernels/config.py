@@ -26,7 +26,8 @@ class GemmConfig:
 class HopperConfig:
     """A matmul of kernels.hopper_matmul, and how long its tiles take on an H100.
 
-    groups: that multiply: 1 of eight warps; 2 of four, each with tiles of its own, in turns; 3 of four that share one.
+    groups: that multiply: 1 of eight warps, of four for 64 rows; 2 of four, each with tiles of its own, in turns; 3 of
+    four that share one.
     """
 
     block_m: int
@@ -34,7 +35,8 @@ class HopperConfig:
     groups: int
     buffers: int  # steps of 64 columns of depth in shared memory
     step_us: float = 0.0
-    tile_us: float = 0.0  # of its epilogue that no main loop hides
+    tile_us: float = 0.0  # of every tile's epilogue that no main loop hides
+    last_us: float = 0.0  # of the last tile's
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,22 +83,25 @@ _GEMM_16BIT: dict[int, dict[str, tuple[tuple[int, GemmConfig], ...]]] = {
 }
 _GEMM_32BIT = GemmConfig(64, 64, 32, 4, 2)
 
-# Times among the other launches of a block (bench/blocks.py, bench/results/hopper_blocks.json), which leave neither a
-# kernel's code nor its operands in the caches.
-_TALL = HopperConfig(128, 128, 2, buffers=5, step_us=0.45, tile_us=0.3)
-_DEEP = HopperConfig(256, 128, 1, buffers=4, step_us=0.69, tile_us=6.0)
-_BROAD = HopperConfig(128, 192, 1, buffers=5, step_us=0.56, tile_us=6.0)
-_SQUARE = HopperConfig(192, 192, 3, buffers=4, step_us=0.81, tile_us=6.0)
-_THIRDS = HopperConfig(192, 128, 3, buffers=4, step_us=0.53, tile_us=6.0)
-_SHARED = HopperConfig(128, 128, 1, buffers=5, step_us=0.40, tile_us=6.0)
-_SLIM = HopperConfig(128, 64, 1, buffers=6, step_us=0.26, tile_us=6.0)
+# Times among the other launches of a block (bench/blocks.py; bench/results/blocks.json to 1568 rows, hopper_blocks.json
+# from there), which leave neither a kernel's code nor its operands in the caches: least squares over the sizes that a
+# form is meant for.
+_TALL = HopperConfig(128, 128, 2, buffers=5, step_us=0.40, tile_us=0.5, last_us=2.0)
+_DEEP = HopperConfig(256, 128, 1, buffers=4, step_us=0.67, tile_us=5.3)
+_BROAD = HopperConfig(128, 192, 1, buffers=5, step_us=0.585, tile_us=3.4)
+_SQUARE = HopperConfig(192, 192, 3, buffers=4, step_us=0.74, tile_us=7.9)
+_THIRDS = HopperConfig(192, 128, 3, buffers=4, step_us=0.465, tile_us=6.0)
+_SHARED = HopperConfig(128, 128, 1, buffers=5, step_us=0.413, tile_us=1.9)
+_SLIM = HopperConfig(128, 64, 1, buffers=6, step_us=0.32)
+_STRIP = HopperConfig(64, 192, 1, buffers=6, step_us=0.35, tile_us=1.0)
+_SMALL = HopperConfig(64, 64, 1, buffers=10, step_us=0.243)
 # The forms of each op on sm_90, at every size: their bits are the same, those of the plain kernels' are not always.
 _HOPPER: dict[str, tuple[HopperConfig, ...]] = {
-    "qkv": (_TALL, _SLIM),
-    "linear": (_TALL, _DEEP, _SQUARE, _THIRDS, _SHARED, _SLIM),
-    "gated": (_TALL, _SLIM),
-    "merger": (_DEEP, _BROAD, _SHARED, _SLIM),  # one copy of an epilogue whose error function is 40 KB of code
-    "residual": (_TALL, _DEEP, _SQUARE, _SLIM),
+    "qkv": (_TALL, _BROAD, _SLIM, _SMALL),
+    "linear": (_TALL, _DEEP, _SQUARE, _THIRDS, _SHARED, _SLIM, _SMALL),
+    "gated": (_TALL, _SHARED, _SLIM, _SMALL),
+    "merger": (_DEEP, _BROAD, _SHARED, _SLIM, _SMALL),  # one copy of an epilogue whose error function is 40 KB of code
+    "residual": (_TALL, _DEEP, _SQUARE, _SLIM, _STRIP, _SMALL),
 }
 
 _ATTENTION_16BIT: dict[int, tuple[tuple[int, AttentionConfig], ...]] = {  # head dim up to -> config
@@ -127,15 +132,18 @@ def hopper_config(
 ) -> HopperConfig | None:
     """The Gluon form of a matmul over a bucket of at most `rows` rows; None: gemm_config's.
 
-    Tiles run in rounds of `programs`, and a last round with few tiles takes as long as any: for 1152 columns and a
-    depth of 4352, 192 x 192 is the fastest at 4096 rows (61 us, 256 x 128 takes 99), 256 x 128 at 6272 (100).
+    Tiles run in rounds of `programs`, and those of a last round with few tiles take at least half as long as any: for
+    1152 columns and a depth of 4352, 192 x 192 is the fastest at 4096 rows (61 us, 256 x 128 takes 99), 256 x 128 at
+    6272 (100), 64 x 64 at 64 (12, 128 x 64 takes 16).
     """
     if dtype == torch.float32 or _generation(arch) != 90 or not has_gluon():
         return None
 
     def microseconds(c: HopperConfig) -> float:
         tiles = -(-rows // c.block_m) * -(-columns // c.block_n)
-        return -(-tiles // programs) * (-(-depth // 64) * c.step_us + c.tile_us)
+        full, left = divmod(tiles, programs)
+        load, rounds = (full + 0.5 + 0.5 * left / programs, full + 1) if left else (full, full)
+        return load * -(-depth // 64) * c.step_us + rounds * c.tile_us + c.last_us
 
     return min(_HOPPER[op], key=microseconds)
 

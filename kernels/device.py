@@ -21,21 +21,31 @@ def matmul_tile(
     offs_m, offs_n, begin, depth, ld_x, ld_w,                    # all offsets in bounds; depth columns from `begin`
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """fp32 [BLOCK_M, BLOCK_N] = x[offs_m, begin:begin+depth] @ w[offs_n, begin:begin+depth].T, summed in order of k."""
+    """fp32 [BLOCK_M, BLOCK_N] = x[offs_m, begin:begin+depth] @ w[offs_n, begin:begin+depth].T, summed in order of k.
+
+    Bytes of x count from 128, so that 16 bits hold them exactly.
+    """
     offs_k = begin + tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * ld_x + offs_k[None, :]
     w_ptrs = w_ptr + offs_n.to(tl.int64)[None, :] * ld_w + offs_k[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(depth // BLOCK_K):
-        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision=PRECISION)
+        w = tl.load(w_ptrs)
+        acc = tl.dot(operand(tl.load(x_ptrs), w), w, acc, input_precision=PRECISION)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
     if not EVEN_K:  # only the last step is masked
         mask_k = tl.arange(0, BLOCK_K) < depth % BLOCK_K
         x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
         w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = tl.dot(operand(x, w), w, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def operand(x, w):
+    """x as the tensor cores take it beside w."""
+    return (x.to(tl.float32) - 128.0).to(w.dtype) if x.dtype == tl.uint8 else x
 
 
 @triton.jit

@@ -41,6 +41,7 @@ def hopper_matmul(
     first = 1 << (config.block_n.bit_length() - 1)
     rest = config.block_n - first
     group_rows = config.block_m // (3 if config.groups == 3 else 1)
+    eight = config.groups == 1 and group_rows > 64  # warps of a group
 
     def boxes(matrix: torch.Tensor, height: int) -> TensorDescriptor:
         layout = gl.NVMMASharedLayout.get_default_for([height, BLOCK_K], dtype)
@@ -54,7 +55,7 @@ def hopper_matmul(
         PARTS=0 if sums is None else sums.shape[1], CENTRED=centred,
         ROWS=group_rows, FIRST=first, REST=rest, GROUPS=config.groups,
         BUFFERS=config.buffers, PROGRAMS=min(programs, tiles), DTYPE=dtype,
-        num_warps=8 if config.groups == 1 else 4, maxnreg=168 if config.groups == 1 else 128,
+        num_warps=8 if eight else 4, maxnreg=168 if eight else 128,
     )  # fmt: skip
 
 
@@ -181,7 +182,7 @@ def multiply(
     PART: gl.constexpr = 0 if ALTERNATE else GROUP_ID  # of a tile's rows
     STRIDE: gl.constexpr = GROUPS * PROGRAMS if ALTERNATE else PROGRAMS
     PIECES: gl.constexpr = (FIRST + REST) // 64
-    WARPS: gl.constexpr = 8 if GROUPS == 1 else 4
+    WARPS: gl.constexpr = 8 if GROUPS == 1 and ROWS > 64 else 4
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, FIRST, 16])
     layout_rest: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, REST if REST > 0 else 16, 16])
     tiles_n = gl.cdiv(N, FIRST + REST)

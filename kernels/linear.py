@@ -76,11 +76,12 @@ def linear(
     limit: float | None,
     scatter: int = 1,
     count: torch.Tensor,
+    programs: int | None = None,
 ) -> None:
-    """Launch over the rows of y that count[0] holds."""
+    """Launch over the rows of y that count[0] holds. programs: of the form for Hopper, default one a multiprocessor."""
     rows, (columns, depth) = y.shape[0], weight.shape
     op = "merger" if activation == "gelu" else "gated" if gated else "linear"  # erf is much code
-    arch, programs = device_arch(x.device), multiprocessors(x.device)
+    arch, programs = device_arch(x.device), programs or multiprocessors(x.device)
     hopper = hopper_config(op, rows, columns, depth, x.dtype, arch, programs)
     if hopper:
         from .hopper_epilogues import store_linear  # another triton may not have what it imports

@@ -35,14 +35,16 @@ def patch_embed_ref(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [rows, width] and row sums [2, 1, rows] from pixels [patches, features]; a row of source -1 has no pixels.
 
-    Pixels and weight [width, features] may have more columns, for the sake of alignment, that do not count.
+    Pixels and weight [width, features] may have more columns, for the sake of alignment, that do not count. Pixels may
+    be bytes, which count from 128.
     """
-    x = F.linear(wide(pixels[:, :features]), wide(weight[:, :features])) + bias
+    values = pixels[:, :features].to(wide(weight).dtype) - (128 if pixels.dtype == torch.uint8 else 0)
+    x = F.linear(values, wide(weight[:, :features])) + bias
     if source is not None:
         x = torch.where(source[:, None] < 0, 0.0, x[source.long()])
     if positions is not None and tap_index is not None and tap_weight is not None:
         x = x + positions_ref(positions, tap_index, tap_weight)
-    x = x.to(pixels.dtype)
+    x = x.to(weight.dtype)
     return x, row_sums_ref(x)
 
 
@@ -75,7 +77,7 @@ def patch_embed(
 @triton.jit
 def patch_embed_kernel(
     x_ptr, sums_ptr,                           # [capacity, N], fp32 [2, PARTS, capacity]
-    pixels_ptr, source_ptr,                    # [capacity, stride], int32 or None: row i has the pixels source[i]
+    pixels_ptr, source_ptr,                    # [capacity, stride] or bytes, int32 or None: row i has pixels source[i]
     tap_index_ptr, tap_weight_ptr,             # [capacity, TAPS] int32 and fp32
     weight_ptr, bias_ptr, positions_ptr,       # [N, stride], fp32 [N], [table, N]
     count_ptr,                                 # rows at [0]

@@ -362,8 +362,11 @@ def test_cost_follows_tokens(bench: encoder.Bench, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(encoder, "without_attention_us", us)
     found = encoder.cost_follows(bench, 1024)
     assert found["ok"] is ok and found["ratio"] == pytest.approx(part / 1000) and 0.55 <= found["share"] <= 0.56
-    assert [len(loaded.buffers["x"]) for loaded in seen] == [1024, 1024], "one bucket for both"
-    assert [loaded.pack[0].rows for loaded in seen] == [found["part"]["rows"], 1024]
+    own = found["part"]["bucket"][0]
+    assert own < 1024, "a smaller call has a smaller bucket"
+    assert [len(loaded.buffers["x"]) for loaded in seen] == [own, 1024, 1024, 1024]
+    assert [loaded.pack[0].rows for loaded in seen] == [found["part"]["rows"]] * 2 + [1024] * 2
+    assert found["ratio_in_the_whole_bucket"] == 1.0
 
 
 # --- the report ---
@@ -377,7 +380,7 @@ def measured(bench: encoder.Bench) -> dict[str, Any]:
     for key in ("wall_ms", "eager_ms", "replay_ms", "host_us"):
         cases["8 x 448²"]["fused_vit"].pop(key)
     environment = {"device": "a GPU", "torch": "2", "triton": "3"}
-    follows = {"full": {"rows": 8192}, "share": 0.55, "ratio": 0.58}
+    follows = {"full": {"rows": 8192}, "part": {"rows": 4508}, "share": 0.55, "ratio": 0.58}
     return {"what": "a tower", "environment": environment, "ceilings": ROOF, "cases": cases,
             "cost_follows_tokens": follows}  # fmt: skip
 
@@ -398,7 +401,7 @@ def test_a_report_has_every_engine_that_ran_and_no_other(measured: dict[str, Any
     assert "exact-fit graph" in head and "vLLM" not in head
     rows = [line for line in text.splitlines() if line.startswith("| 8 x 448²")]
     assert "wrong" in rows[0] and rows[0].count("|") == head.count("|") and "1.0x" not in rows[0]
-    assert "| 2.00 | 5 | yes |" in text and "takes 0.58 of its full time" in text
+    assert "| 2.00 | 5 | yes |" in text and "takes 0.58 of the time" in text
 
 
 def test_an_older_result_has_fewer_columns(measured: dict[str, Any]) -> None:

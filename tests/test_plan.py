@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from fused_vit import executor
 from fused_vit.buckets import Bucket
 from fused_vit.packing import Item
-from fused_vit.plan import build_plan, cost
+from fused_vit.plan import Step, build_plan, cost
 from fused_vit.spec import TowerSpec
 from fused_vit.towers import parse_config
-from fused_vit.workspace import Workspace, place, shapes
+from fused_vit.workspace import Workspace, beside, place, shapes
 from tests.kernels import resources
 
 UNFOLD = "merge=2 raster=False class_token=False window=0 side=6 align_corners=True taps=4"
@@ -86,10 +91,9 @@ def test_costs_are_the_towers_arithmetic() -> None:
 @pytest.mark.parametrize("tower", resources.TOWERS)
 def test_no_step_overwrites_what_a_later_one_reads(tower: str, tokens: int) -> None:
     """Steps played through over the slab's bytes: what a step reads, and every output at the end, is still whole."""
-    fields = resources.TOWERS[tower]
-    plan, bucket = build_plan(parse_config(fields, projector="text_config" in fields)), Bucket(tokens, 16)
+    plan, bucket = resources.planned(tower, "meta")[0], Bucket(tokens, 16)
     offsets, total = place(plan, bucket, 2, 64)
-    bytes_of = {"float32": 4, "int32": 4, "model": 2}
+    bytes_of = {"float32": 4, "int32": 4, "model": 2, "uint8": 1}
     shape = shapes(plan, bucket, 64)
     sizes = {b.name: bytes_of[b.dtype] * math.prod(shape[b.name]) for b in plan.buffers}
     assert all(offsets[name] % 256 == 0 and offsets[name] + sizes[name] <= total for name in sizes)
@@ -105,16 +109,82 @@ def test_no_step_overwrites_what_a_later_one_reads(tower: str, tokens: int) -> N
     assert {name for name in plan.outputs if name} <= whole
 
 
+class Streams:
+    """Stands in for torch.cuda: two streams that log who waits for whom, and what is launched on which."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, Any]] = []
+        self.main, self.side = (SimpleNamespace(wait_stream=partial(self.wait, name)) for name in ("main", "side"))
+        self.current = self.main
+
+    def wait(self, waiting: str, other: object) -> None:
+        self.log.append((f"{waiting} waits", None))
+
+    def current_stream(self) -> Any:
+        return self.current
+
+    @contextmanager
+    def stream(self, other: Any) -> Iterator[None]:
+        self.current = other
+        yield
+        self.current = self.main
+
+    def launch_step(self, step: Step, *_: object, **options: object) -> None:
+        on_side = self.current is self.side
+        assert on_side == step.aside == ("programs" in options)
+        self.log.append(("side" if on_side else "main", step))
+
+
+@pytest.mark.parametrize("tokens", [4, 64, 256])
+def test_steps_aside_share_no_memory_with_what_runs_beside_them(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph's launches played through: until it is waited for, no byte that a step aside touches is touched."""
+    plan, bucket, streams = build_plan(spec_of()), Bucket(tokens, 16), Streams()
+    assert beside(bucket) and not beside(Bucket(2048, 32))
+    monkeypatch.setattr(executor, "launch_step", streams.launch_step)
+    monkeypatch.setattr(torch, "cuda", streams)
+    executor.launch(plan, {}, {}, 64, streams.side)
+    offsets, _ = place(plan, bucket, 2, 64)
+    shape, bytes_of = shapes(plan, bucket, 64), {"float32": 4, "int32": 4, "model": 2}
+    sizes = {b.name: bytes_of[b.dtype] * math.prod(shape[b.name]) for b in plan.buffers}
+
+    def ranges(step: Step) -> list[tuple[int, int]]:
+        return [(offsets[name], offsets[name] + sizes[name]) for name in step.touched]
+
+    running: list[tuple[int, int]] = []
+    fresh = False  # the side stream has waited for the step before
+    for what, step in streams.log:
+        if what == "main waits":
+            running = []
+        elif what == "side":
+            assert fresh
+            running += ranges(step)
+        elif what == "main":
+            taken = [a for a in ranges(step) for b in running if a[0] < b[1] and b[0] < a[1]]
+            assert not taken, f"{step.name} touches what a step aside still uses"
+        fresh = what == "side waits"
+    assert not running, "the graph ends before its steps aside"
+    assert [step.name for _, step in streams.log if step] == [step.name for step in plan.steps]
+    assert sum(what == "side" for what, _ in streams.log) == 2 * 3
+
+
+def test_a_workspace_holds_the_largest_of_its_buckets_which_may_not_have_the_most_rows() -> None:
+    plan = build_plan(spec_of())
+    buckets = [Bucket(64, 40000), Bucket(128, 16)]
+    assert place(plan, buckets[0], 2, 64)[1] > place(plan, buckets[1], 2, 64)[1]
+    workspace = Workspace(plan, buckets, torch.bfloat16, torch.device("cpu"), 64)
+    assert all(workspace.buffers(bucket) for bucket in buckets)
+
+
 def test_the_slab_is_smaller_than_its_buffers() -> None:
     plan, bucket = build_plan(spec_of()), Bucket(8192, 128)
-    bytes_of = {"float32": 4, "int32": 4, "model": 2}
+    bytes_of = {"float32": 4, "int32": 4, "model": 2, "uint8": 1}
     apart = sum(math.prod(shapes(plan, bucket, 64)[b.name]) * bytes_of[b.dtype] for b in plan.buffers)
     assert place(plan, bucket, 2, 64)[1] < 0.87 * apart
 
 
 def test_a_workspace_made_in_inference_mode_serves_calls_outside_it() -> None:
     with torch.inference_mode():  # where vLLM makes its first call
-        workspace = Workspace(build_plan(spec_of(**TINY)), Bucket(256, 4), torch.float32, torch.device("cpu"), 64)
+        workspace = Workspace(build_plan(spec_of(**TINY)), [Bucket(256, 4)], torch.float32, torch.device("cpu"), 64)
         inside = workspace.buffers(Bucket(64, 2))["x"]
     outside = workspace.buffers(Bucket(64, 2))["x"]
     outside.copy_(torch.ones_like(outside))
@@ -130,4 +200,4 @@ def test_a_workspace_that_does_not_fit_says_what_it_needs(monkeypatch: pytest.Mo
     size = place(plan, bucket, 4, 64)[1]
     monkeypatch.setattr(torch, "empty", full)
     with pytest.raises(torch.OutOfMemoryError, match=f"256 tokens, 4 segments, takes {size} bytes.*max_tokens"):
-        Workspace(plan, bucket, torch.float32, torch.device("cpu"), 64)
+        Workspace(plan, [bucket], torch.float32, torch.device("cpu"), 64)

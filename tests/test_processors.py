@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fused_vit
-from fused_vit.calls import flatten_call
-from fused_vit.images import call_of, processor
+from fused_vit.calls import call_of, flatten_call
+from fused_vit.images import processor
 from tests.families import FAMILIES, available, build
 from tests.test_families import outputs, worst
 

@@ -27,6 +27,18 @@ def column_sum(rounded: torch.Tensor) -> torch.Tensor:
     return rounded.double().sum(1)
 
 
+def fold_bytes(
+    weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, frames: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(W', b') with x @ W.T + b == (u - 128) @ W'.T + b', x = (u / 255 - mean) / std of bytes u, alike in all frames.
+
+    weight [out, channels * frames * area], W' [out, channels * area], mean and std [channels]. What a processor does to
+    pixels, and both frames of a still, at no cost; u - 128 has eight bits.
+    """
+    of_channels = rearrange(weight, "o (c f a) -> o f c a", c=len(mean), f=frames).sum(1) / (255 * std[:, None])
+    return of_channels.flatten(1), bias + (of_channels * (128 - 255 * mean[:, None])).sum((1, 2))
+
+
 def fold_softmax_scale(queries: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Query rows of a weight or bias times head_dim ** -0.5 * log2(e), so that the kernel's exp2 is a softmax."""
     scale: float = head_dim**-0.5 * math.log2(math.e)

@@ -6,7 +6,7 @@ fp32 (or wider, if the source is), one tensor at a time, so memory peaks at one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from fused_vit.spec import ConvMergerSpec, MergerSpec, MlpSpec, NormSpec, PoolSp
 
 from .fold import (
     column_sum,
+    fold_bytes,
     fold_norm,
     fold_softmax_scale,
     frame_sinusoids,
@@ -46,6 +47,20 @@ def pack_tower(
     elif isinstance(merger, ConvMergerSpec):
         packer.conv_merger(merger)
     return packer.packed
+
+
+def of_bytes(
+    spec: TowerSpec, packed: Mapping[str, torch.Tensor], mean: Sequence[float], std: Sequence[float]
+) -> dict[str, torch.Tensor]:
+    """Packed weights of the same tower for uint8 pixels [patches, channels * size * size] of stills (PatchSpec.bytes).
+
+    mean, std: of a channel, as image processors have them. All but the patch embedding are the same tensors.
+    """
+    p, weight, bias = spec.patch, packed["patch_embed.weight"], packed["patch_embed.bias"]
+    middle, spread = (torch.tensor(values, dtype=bias.dtype, device=bias.device) for values in (mean, std))
+    folded, shift = fold_bytes(weight[:, : p.features].to(bias.dtype), bias, middle, spread, p.temporal)
+    folded = F.pad(folded, (0, -folded.shape[1] % ALIGN)).to(weight.dtype)
+    return {**packed, "patch_embed.weight": folded.contiguous(), "patch_embed.bias": shift}
 
 
 class _Packer:

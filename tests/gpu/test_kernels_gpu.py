@@ -98,7 +98,7 @@ def test_each_step_matches_its_definition(name: str, grid: str, kind: str) -> No
     pack = items(spec, GRIDS[grid], patches)
     tile = attention_config(spec.attention.head_dim, dtype, device_arch(torch.device("cuda", 0))).block_m
     bucket = Bucket(sum(item.rows for item in pack) + 4 * 77, sum(item.segments for item in pack) + 9)
-    workspace = Workspace(plan, bucket, dtype, torch.device("cuda", 0), tile)
+    workspace = Workspace(plan, [bucket], dtype, torch.device("cuda", 0), tile)
     workspace.slab.fill_(0xFF)
     buffers = workspace.buffers(bucket)
     integers = torch.tensor(table(pack, tile), dtype=torch.int32, device="cuda")

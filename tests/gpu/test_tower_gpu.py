@@ -109,11 +109,13 @@ def test_an_image_has_the_same_bits_alone_and_packed_whatever_its_neighbours(enc
         assert all(torch.equal(o, alone[i]) for o, i in zip(out, order, strict=True) if i)
 
 
-def test_every_bucket_gives_an_image_the_same_bits(reference) -> None:  # type: ignore[no-untyped-def]
-    grid, pixels = [[1, 14, 18]], pixels_of([[1, 14, 18]]).bfloat16()
+@pytest.mark.parametrize("grid", [[[1, 6, 10]], [[1, 14, 18]]], ids=["60 patches", "252 patches"])
+def test_every_bucket_gives_an_image_the_same_bits(reference, grid) -> None:  # type: ignore[no-untyped-def]
+    """Sizes at which every form of a matmul is chosen for some step."""
+    pixels = pixels_of(grid).bfloat16()
+    tokens = [n for n in (64, 128, 256, 512, 896, 1024, 2048, 3072, 4096, 16384) if n >= len(pixels)]
     outs = [
-        flat(fused_vit.FusedViT.from_module(reference, dtype=torch.bfloat16, buckets=[b])(pixels, grid))
-        for b in ((256, 16), (1024, 16), (2048, 16), (16384, 64))
+        flat(fused_vit.FusedViT.from_module(reference, dtype=torch.bfloat16, buckets=[n])(pixels, grid)) for n in tokens
     ]
     for other in outs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outs[0], other, strict=True))

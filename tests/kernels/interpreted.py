@@ -236,6 +236,22 @@ def test_patch_embed(rows: int, width: int, depth: int, taps: int, gathered: boo
 
 
 @DTYPES
+@pytest.mark.parametrize(("rows", "width", "depth"), [(1, 64, 96), (77, 200, 588)], ids=str)
+def test_patch_embed_of_bytes(rows: int, width: int, depth: int, dtype: torch.dtype) -> None:
+    """Every byte there is; depth 588 = 3 * 14 * 14 ends within a step."""
+    capacity, parts = 160, -(-width // 64)
+    index, taps, positions = taps_of(rows, 4, width, dtype)
+    pixels = integers(256, rows, depth).to(torch.uint8)
+    args = [pixels, None, index, taps, rand(width, depth, dtype=dtype) * 0.01, rand(width), positions]
+    x, sums = blank(capacity, width, dtype=dtype), blank(2, parts, capacity)
+    behind = F.pad(pixels, (0, -depth % 16, 0, capacity - rows), value=77)
+    ins = [behind, None, lost(index, capacity), grown(taps, capacity), F.pad(args[4], (0, -depth % 16)), *args[5:]]  # type: ignore[arg-type]
+    patch_embed.patch_embed(x, sums, *ins, features=depth, count=count(rows))  # type: ignore[arg-type]
+    check(x[:rows], patch_embed.patch_embed_ref, args, 0, features=depth)
+    assert torch.allclose(sums[:, :, :rows].sum(1), patch_embed.row_sums_ref(x[:rows])[:, 0], rtol=1e-4, atol=1e-3)
+
+
+@DTYPES
 @pytest.mark.parametrize(("rows", "width", "depth"), [(1, 64, 64), (77, 200, 96), (130, 96, 328)], ids=str)
 def test_residual_in_place(rows: int, width: int, depth: int, dtype: torch.dtype) -> None:
     capacity, parts = 160, -(-width // 64)
@@ -490,7 +506,7 @@ def test_a_plan_in_a_poisoned_slab_equals_its_definition(name: str) -> None:
     source = {(p.name, p.block): random_part(p) for p in parts(spec)}
     weights = pack_tower(spec, lambda part, i: source[part, i], dtype=torch.float32)
     plan, bucket = build_plan(spec), Bucket(300, 40)
-    workspace = Workspace(plan, bucket, torch.float32, torch.device("cpu"), 64)
+    workspace = Workspace(plan, [bucket], torch.float32, torch.device("cpu"), 64)
     workspace.slab.fill_(0xFF)
     buffers = workspace.buffers(bucket)
     for grid in STILLS:

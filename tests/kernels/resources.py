@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,7 +30,7 @@ from fused_vit.kernels import attention, config, linear, patch_embed, qkv, resid
 from fused_vit.layouts import parts
 from fused_vit.plan import Plan, build_plan
 from fused_vit.towers import parse_config
-from fused_vit.weights.pack import pack_tower
+from fused_vit.weights.pack import of_bytes, pack_tower
 from fused_vit.workspace import Workspace, shapes
 
 TABLE = Path(__file__).with_name("resources.json")
@@ -62,8 +62,13 @@ TOWERS: dict[str, dict[str, Any]] = {
         "intermediate_size": 4304, "patch_size": 14, "image_size": 378,
     },
 }  # fmt: skip
+TOWERS["8B of bytes"] = TOWERS["8B"]
+TOWERS["GLM-4.1V of bytes"] = TOWERS["GLM-4.1V"]
+OF_BYTES = ("8B of bytes", "GLM-4.1V of bytes")  # pixels are uint8
 PLAIN = ("unfold", "norm", "pool")  # kernels that multiply no matrices
-_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+_TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def owned_launches(tower: str, tokens: int, arch: int) -> tuple[set[int], Iterat
     """The same in a workspace on the CPU, and where the memory of workspace and weights begins."""
     plan, weights = planned(tower, "cpu")
     tile = config.attention_config(plan.spec.attention.head_dim, torch.bfloat16, arch).block_m
-    workspace = Workspace(plan, Bucket(tokens, 64), torch.bfloat16, torch.device("cpu"), tile)
+    workspace = Workspace(plan, [Bucket(tokens, 64)], torch.bfloat16, torch.device("cpu"), tile)
     owned = {storage(t) for t in (workspace.slab, *weights.values())}
     buffers = workspace.buffers(Bucket(tokens, 64))
     return owned, recorded_launches(tower, plan, weights, buffers, tile, arch)
@@ -115,6 +120,9 @@ def planned(tower: str, device: str) -> tuple[Plan, dict[str, torch.Tensor]]:
     spec = parse_config(fields, projector="text_config" in fields)
     source = {(p.name, p.block): torch.empty(p.shape, device=device) for p in parts(spec)}
     weights = pack_tower(spec, lambda part, i: source[part, i], dtype=torch.bfloat16, device=device)
+    if tower in OF_BYTES:
+        weights = of_bytes(spec, weights, [0.5] * 3, [0.5] * 3)
+        spec = replace(spec, patch=replace(spec.patch, bytes=True))
     return build_plan(spec), weights
 
 
@@ -135,7 +143,7 @@ def recorded_launches(
 
 
 def meta_buffers(plan: Plan, bucket: Bucket, tile: int) -> dict[str, torch.Tensor]:
-    dtypes = {"model": torch.bfloat16, "float32": torch.float32, "int32": torch.int32}
+    dtypes = {"model": torch.bfloat16, "float32": torch.float32, "int32": torch.int32, "uint8": torch.uint8}
     shape = shapes(plan, bucket, tile)
     return {b.name: torch.empty(shape[b.name], dtype=dtypes[b.dtype], device="meta") for b in plan.buffers}
 
@@ -249,7 +257,7 @@ def cases() -> Iterator[tuple[str, int, Launch]]:
     seen = set()
     for arch in ARCHES:
         for tower in TOWERS:
-            for tokens in (256, 2048, 8192) if (arch, tower) == (90, "8B") else (8192,):
+            for tokens in (64, 256, 896, 1024, 8192) if (arch, tower) == (90, "8B") else (8192,):
                 if arch != 90 and tower not in ("8B", "Qwen2.5-VL-7B", "GLM-5.3-Flash"):
                     continue
                 for launch in launches(tower, tokens, arch):

@@ -57,11 +57,21 @@ def test_without_gluon_hopper_runs_the_portable_kernels(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("op", "rows", "columns", "depth", "tile"),
     [
+        ("residual", 64, 1152, 4352, (64, 64)),
+        ("residual", 896, 1152, 1152, (128, 64)),
+        ("residual", 1024, 1152, 4352, (64, 192)),
         ("residual", 3072, 1152, 4352, (256, 128)),
         ("residual", 4096, 1152, 4352, (192, 192)),
         ("residual", 7168, 1152, 4352, (256, 128)),
         ("residual", 8192, 1152, 4352, (192, 192)),
         ("residual", 7168, 1152, 1152, (128, 128)),
+        ("residual", 16384, 1152, 4352, (192, 192)),
+        ("qkv", 64, 3456, 1152, (64, 64)),
+        ("qkv", 256, 3456, 1152, (128, 64)),
+        ("qkv", 896, 3456, 1152, (128, 192)),
+        ("qkv", 1024, 3456, 1152, (128, 128)),
+        ("linear", 256, 4352, 1152, (128, 128)),
+        ("merger", 224, 4608, 4608, (128, 128)),
         ("merger", 1024, 4608, 4608, (128, 192)),
         ("merger", 1792, 4608, 4608, (256, 128)),
         ("linear", 768, 4096, 4608, (192, 128)),
@@ -70,7 +80,7 @@ def test_without_gluon_hopper_runs_the_portable_kernels(monkeypatch: pytest.Monk
 def test_the_fastest_measured_form_is_chosen(
     op: str, rows: int, columns: int, depth: int, tile: tuple[int, int]
 ) -> None:
-    """fc2, proj and mergers of the 8B tower on 132 multiprocessors (bench/results/hopper_blocks.json)."""
+    """fc2, proj and mergers of the 8B tower on 132 multiprocessors (bench/results/blocks.json, hopper_blocks.json)."""
     chosen = config.hopper_config(op, rows, columns, depth, torch.bfloat16, 90, 132)
     assert chosen is not None and (chosen.block_m, chosen.block_n) == tile
 

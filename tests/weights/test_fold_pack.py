@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_vit.weights.fold import column_sum, fold_norm, fold_softmax_scale, pair_rotations
+from fused_vit.weights.fold import column_sum, fold_bytes, fold_norm, fold_softmax_scale, pair_rotations
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -58,6 +58,17 @@ def test_softmax_scale_turns_exp2_into_softmax() -> None:
     scores = fold_softmax_scale(q, 72) @ k.T
     weights = torch.exp2(scores - scores.amax(-1, keepdim=True))
     assert relative(weights / weights.sum(-1, keepdim=True), plain) < 1e-10
+
+
+def test_what_processors_do_to_bytes_folds_into_the_patch_embedding() -> None:
+    area, frames = 20, 2
+    weight, bias = random(40, 3 * frames * area), random(40, seed=1)
+    mean, std = random(3, seed=2).abs(), 0.2 + random(3, seed=3).abs()
+    pixels = torch.randint(0, 256, (9, 3, area), generator=torch.Generator().manual_seed(4))
+    normalised = (pixels.double() / 255 - mean[:, None]) / std[:, None]
+    plain = F.linear(normalised[:, :, None].expand(-1, -1, frames, -1).flatten(1), weight, bias)
+    folded, shift = fold_bytes(weight, bias, mean, std, frames)
+    assert relative(F.linear(pixels.flatten(1).double() - 128, folded, shift), plain) < 1e-10
 
 
 @pytest.mark.parametrize("head_dim", [8, 64, 72, 80])
