@@ -13,13 +13,15 @@ STAMP := $(VENV)/.fused-vit
 OLDER := build/transformers-4.57
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutants fuzz check bench wheel clean
+.PHONY: help demo test mutants fuzz soak sanitize check bench wheel clean
 
 help:
 	@echo "make demo    encode a photograph, compare with Hugging Face, write out/demo/pca.png"
 	@echo "make test    every test this machine can run"
 	@echo "make mutants every seeded bug against the test that must catch it; make test tries a third"
 	@echo "make fuzz    random calls, flipped bytes and repeated calls at full length; make test tries a part"
+	@echo "make soak    repeats, threads and random calls at full length, on this machine's GPU"
+	@echo "make sanitize every kernel under compute-sanitizer's memcheck and racecheck, on this machine's GPU"
 	@echo "make check   ruff, format, mypy --strict, import directions"
 	@echo "make bench   measure on this machine's GPU, write bench/results/"
 	@echo "make wheel   dist/*.whl"
@@ -36,7 +38,13 @@ mutants: $(STAMP)
 	MUTANTS=all $(BIN)/python -m pytest -q tests/mutants
 
 fuzz: $(STAMP)
-	$(BIN)/python -m tests.long
+	$(BIN)/python -m tests.long fuzz
+
+soak: $(STAMP)
+	$(BIN)/python -m tests.long soak
+
+sanitize: $(STAMP)
+	$(BIN)/python -m tests.sanitize
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections import Counter
@@ -22,6 +23,7 @@ from .calls import Grid, check_dense, flatten_call
 from .errors import InputError
 from .executor import define, launch
 from .graphs import BucketGraph, capture
+from .layouts import parts
 from .output import VisionOutput
 from .plan import Buffer, Plan, build_plan
 from .source import read_module, read_tower
@@ -29,7 +31,7 @@ from .spec import TowerSpec
 from .stills import byte_patches, normalisation
 from .towers import find_tower, parse_config
 from .weights.checkpoint import Checkpoint
-from .weights.pack import of_bytes, pack_tower
+from .weights.pack import Read, of_bytes, pack_tower
 from .workspace import Workspace
 
 logger = logging.getLogger("fused_vit")
@@ -68,9 +70,20 @@ def load(
     place = _device(device)
     read, stored = read_tower(checkpoint, tower, spec)
     kept = dtype or (torch.float32 if place.type == "cpu" else stored)
-    return FusedViT(
-        spec, pack_tower(spec, read, dtype=_checked(kept), device=place), buckets=buckets, max_tokens=max_tokens
-    )
+    return FusedViT(spec, _packed(spec, read, kept, place), buckets=buckets, max_tokens=max_tokens)
+
+
+def _packed(spec: TowerSpec, read: Read, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    """Raises torch.OutOfMemoryError saying how much the whole tower takes."""
+    _checked(dtype)
+    try:
+        return pack_tower(spec, read, dtype=dtype, device=device)
+    except torch.OutOfMemoryError as error:
+        size = sum(math.prod(part.shape) for part in parts(spec)) * dtype.itemsize
+        raise torch.OutOfMemoryError(
+            f"the tower's weights take about {size} bytes of {device}, and while it is packed one of them in fp32: "
+            f"free some, or load a smaller tower ({error})"
+        ) from error
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -109,10 +122,12 @@ class FusedViT:
         max_tokens: int = 16384,
     ) -> None:
         """From a spec and packed weights (weights.pack); `load` and `from_module` make both."""
-        self.spec = spec
-        self.weights = dict(weights)
         weight = weights["patch_embed.weight"]
         self.dtype, self.device = weight.dtype, weight.device
+        self._process = os.getpid()
+        self._done: torch.cuda.Event | None = None
+        self.spec = spec
+        self.weights = dict(weights)
         windowed = spec.attention.windows is not None
         self.buckets = as_buckets(buckets) if buckets is not None else ladder(max_tokens, windowed)
         self._plan = build_plan(spec)
@@ -121,8 +136,6 @@ class FusedViT:
         self._workspace: Workspace | None = None
         self._oversize: Workspace | None = None
         self._lock = threading.Lock()
-        self._process = os.getpid()
-        self._done: torch.cuda.Event | None = None
         self._last_stream: torch.cuda.Stream | None = None
         self._counts: Counter[str] = Counter()
         self._replays: Counter[Bucket] = Counter()
@@ -156,7 +169,7 @@ class FusedViT:
         read = read_module(module, tower, spec)
         parameter = next(module.parameters())
         place = _device(device if device is not None else parameter.device)
-        weights = pack_tower(spec, read, dtype=_checked(dtype or parameter.dtype), device=place)
+        weights = _packed(spec, read, dtype or parameter.dtype, place)
         return cls(spec, weights, buckets=buckets, max_tokens=max_tokens)
 
     # --- properties ---
@@ -207,6 +220,7 @@ class FusedViT:
 
     def warmup(self) -> FusedViT:
         """Compile every kernel and capture every bucket, the largest first. After it, a call compiles nothing."""
+        self._check_usable()
         if self.device.type == "cuda":
             with self._turn(), torch.no_grad():
                 for bucket in reversed(self.buckets):
@@ -239,9 +253,10 @@ class FusedViT:
             outputs = define(self._plan, self.weights, values, batch.items)
         else:
             outputs = self._run(pixels, batch)
-        self._counts["calls"] += 1
-        self._counts["images"] += len(batch.items)
-        self._counts["rows"] += len(pixels)
+        with self._lock:
+            self._counts["calls"] += 1
+            self._counts["images"] += len(batch.items)
+            self._counts["rows"] += len(pixels)
         deepstack = [t for t in outputs[2 : 2 + len(self.spec.deepstack)] if t is not None]
         hidden = outputs[-1] if self.spec.hidden_state else None
         assert outputs[0] is not None, "every tower has a last_hidden_state"
@@ -275,7 +290,7 @@ class FusedViT:
     def _check_usable(self) -> None:
         if not self.weights:
             raise InputError("this encoder was closed; load it again")
-        if self.device.type == "cuda" and os.getpid() != self._process:
+        if self._forked():
             raise InputError(
                 f"this encoder belongs to process {self._process}, and CUDA does not survive a fork: load one in this "
                 "process, or start it by spawn"
@@ -366,6 +381,7 @@ class FusedViT:
             try:
                 return self._oversize.buffers(bucket)
             except ValueError:
+                self._wait()
                 self._oversize = None
         self._oversize = Workspace(self._plan, [bucket], self.dtype, self.device, self.tile)
         return self._oversize.buffers(bucket)
@@ -406,9 +422,10 @@ class FusedViT:
 
     def close(self) -> None:
         """Free graphs, workspace and weights. The encoder cannot be called afterwards."""
+        if self._forked():  # they are the other process's
+            return
         with self._lock:
-            if self._done is not None:
-                self._done.synchronize()
+            self._wait()
             self._graphs.clear()
             self.weights.clear()
             self._batch.cache_clear()
@@ -417,3 +434,15 @@ class FusedViT:
                 encoder.close()
             self._of_bytes.clear()
             self._workspace = self._oversize = None
+
+    def _forked(self) -> bool:
+        return self.device.type == "cuda" and os.getpid() != self._process
+
+    def _wait(self) -> None:
+        """Until nothing runs any more: freed memory goes to the stream it came from, which may be none that used it."""
+        if self._done is not None:
+            self._done.synchronize()
+
+    def __del__(self) -> None:
+        if not self._forked():
+            self._wait()

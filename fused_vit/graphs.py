@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -13,6 +17,8 @@ from .executor import launch
 from .packing import items, table
 from .plan import Plan
 from .workspace import Workspace, beside
+
+_ONE_AT_A_TIME = threading.Lock()  # torch captures no two graphs of a process at once
 
 
 @dataclass(slots=True)
@@ -44,6 +50,33 @@ def capture(plan: Plan, weights: Mapping[str, torch.Tensor], workspace: Workspac
     torch.cuda.current_stream().synchronize()
     graph = torch.cuda.CUDAGraph()
     side = torch.cuda.Stream() if beside(bucket) else None
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with _capturing(graph, workspace.slab.device):
         launch(plan, weights, buffers, workspace.tile, side)
     return BucketGraph(bucket, buffers, graph, time.perf_counter() - start)
+
+
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+    """What is launched becomes the graph. Of a failure nothing stays: the caller's stream is current again.
+
+    torch leaves its own current where the capture is beyond ending. Nobody's garbage is collected in between: freeing
+    another graph would be an illegal part of this one.
+    """
+    with _ONE_AT_A_TIME:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"),
+            ):
+                yield
+        finally:
+            if collects:
+                gc.enable()
+
+
+@lru_cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where a device's graphs are captured. torch's own such stream is on whatever device captured first."""
+    return torch.cuda.Stream(device)

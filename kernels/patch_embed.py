@@ -64,7 +64,8 @@ def patch_embed(
 ) -> None:
     """Launch over the rows that count[0] holds. sums is [2, ceil(width / 64), rows]."""
     rows, (width, stride) = x.shape[0], weight.shape
-    c = gemm_config("patch_embed", rows, x.dtype, device_arch(x.device))
+    op = "bytes" if pixels.dtype == torch.uint8 else "patch_embed"
+    c = gemm_config(op, rows, x.dtype, device_arch(x.device))
     patch_embed_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(width, c.block_n),)](
         x, sums, pixels, source, tap_index, tap_weight, weight, bias, positions, count,
         width, features, stride, rows,

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import fused_vit
+from fused_vit import encoder
 from fused_vit.buckets import Bucket, as_buckets, choose, ladder
 from fused_vit.encoder import GRIDS
 from tests.towers_hf import random_pixels, tiny_tower
@@ -102,8 +103,9 @@ def test_stats_count_and_a_closed_encoder_says_so(tower, pixels) -> None:  # typ
     stats = vit.stats()
     assert (stats["calls"], stats["images"], stats["rows"], vit.backend) == (1, 2, 72, "definition")
     vit.close()
-    with pytest.raises(ValueError, match="closed"):
-        vit(pixels, GRID)
+    for attempt in (vit.warmup, lambda: vit(pixels, GRID)):
+        with pytest.raises(ValueError, match="closed"):
+            attempt()
 
 
 def test_closing_twice_is_closing(tower) -> None:  # type: ignore[no-untyped-def]
@@ -124,8 +126,22 @@ def test_a_forked_process_is_told_to_load_its_own(tower, pixels, monkeypatch: py
     monkeypatch.setattr(os, "getpid", lambda: parent + 1)
     assert torch.equal(vit(pixels, GRID).pooler_output, want), "a CPU survives a fork"
     vit.device = torch.device("cuda", 0)
-    with pytest.raises(ValueError, match=f"process {parent}.*spawn"):
-        vit(pixels, GRID)
+    for attempt in (vit.warmup, lambda: vit(pixels, GRID)):
+        with pytest.raises(ValueError, match=f"process {parent}.*spawn"):
+            attempt()
+    vit.close()
+    assert vit.weights, "what is the parent's is not closed"
+
+
+def test_too_little_memory_to_load_says_how_much_it_takes(tower, vit, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    def short(*about: object, **more: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate a tensor")
+
+    monkeypatch.setattr(encoder, "pack_tower", short)
+    with pytest.raises(torch.OutOfMemoryError, match=r"take about .* bytes of cpu.*tried to allocate") as caught:
+        fused_vit.FusedViT.from_module(tower, device="cpu")
+    said = int(str(caught.value).split("about ")[1].split(" ")[0])
+    assert 0.5 * vit.weight_bytes < said < vit.weight_bytes  # tiny: what pads its matrices is as large as they are
 
 
 def test_an_encoder_that_nobody_holds_is_freed_at_once(tower, pixels) -> None:  # type: ignore[no-untyped-def]

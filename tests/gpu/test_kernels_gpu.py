@@ -10,7 +10,6 @@ import torch
 
 from fused_vit.buckets import Bucket
 from fused_vit.executor import launch_step
-from fused_vit.layouts import parts
 from fused_vit.packing import MERGED, Item, items, table
 from fused_vit.plan import Plan, Step, build_plan
 from fused_vit.spec import (
@@ -25,8 +24,8 @@ from fused_vit.spec import (
     TowerSpec,
 )
 from fused_vit.towers import parse_config
-from fused_vit.weights.pack import pack_tower
 from fused_vit.workspace import Workspace
+from tests.gpu.towers import random_weights
 from tests.kernels.resources import TOWERS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -66,19 +65,6 @@ CASES = [
     for grid, dtypes in (("odd", ("bfloat16", "float16", "float32")), ("one", ("bfloat16",)), ("video", ("bfloat16",)))
     for dtype in dtypes
 ]
-
-
-def random_weights(spec: TowerSpec, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Seeded weights of a spec, with norms that are no identity."""
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    source = {}
-    for p in parts(spec):
-        part, i, shape = p.name, p.block, p.shape
-        value = torch.randn(shape, generator=generator, device="cuda")
-        fan = shape[-1] if part.endswith("fc1.weight") else max(1, value[0].numel())
-        gamma = part.endswith("weight") and len(shape) == 1
-        source[part, i] = 1 + 0.1 * value if gamma else value * (fan**-0.5 if len(shape) > 1 else 0.1)
-    return pack_tower(spec, lambda part, i: source[part, i], dtype=dtype, device="cuda")
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
