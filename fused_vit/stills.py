@@ -53,10 +53,10 @@ def byte_patches(
             "it, and pass what it gives"
         )
     first = pixels.reshape(len(pixels), p.channels, p.temporal, -1)[:, :, 0].flatten(1)  # a still's frames are alike
-    patches = first.to(device=device, dtype=torch.uint8)
-    if first.dtype != torch.uint8 and not torch.equal(patches.to(first), first.to(device)):
+    patches = first.to(torch.uint8)
+    if not torch.equal(patches.to(first.dtype), first):
         raise InputError("the processor resizes to values that are no bytes: call it, and pass its pixel_values")
-    return patches, [[1, *row][-3:] for row in grid.tolist()]
+    return patches.to(device), [[1, *row][-3:] for row in grid.tolist()]
 
 
 def _pixels(image: Any, i: int, on_device: bool) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -56,6 +55,11 @@ def pixels_of(grid: list[list[int]], seed: int = 0) -> torch.Tensor:
 
 def flat(out) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
     return [out.last_hidden_state, out.pooler_output, *out.deepstack_features]
+
+
+def requested(which: str) -> int:
+    """Bytes that torch's allocator was asked for, before it rounds."""
+    return int(torch.cuda.memory_stats()[f"requested_bytes.all.{which}"])
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -121,13 +125,6 @@ def test_every_bucket_gives_an_image_the_same_bits(reference, grid) -> None:  # 
         assert all(torch.equal(a, b) for a, b in zip(outs[0], other, strict=True))
 
 
-def test_repeats_are_bitwise_equal(encoder) -> None:  # type: ignore[no-untyped-def]
-    pixels = pixels_of(GRIDS["mixed"]).bfloat16()
-    first = flat(encoder(pixels, GRIDS["mixed"]))
-    for _ in range(50):
-        assert all(torch.equal(a, b) for a, b in zip(first, flat(encoder(pixels, GRIDS["mixed"])), strict=True))
-
-
 def test_outputs_are_fresh_and_inputs_may_be_overwritten(encoder) -> None:  # type: ignore[no-untyped-def]
     pixels = pixels_of(GRIDS["odd"]).bfloat16()
     first = encoder(pixels, GRIDS["odd"])
@@ -149,15 +146,14 @@ def test_after_warmup_a_call_allocates_only_its_output_and_does_not_synchronise(
     pixels = pixels_of(GRIDS["mixed"]).bfloat16()
     out = encoder(pixels, GRIDS["mixed"])
     torch.cuda.synchronize()
-    graphs, before = encoder.stats()["graphs"], torch.cuda.memory_allocated()
+    graphs, before = encoder.stats()["graphs"], requested("current")
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.set_sync_debug_mode("error")
     try:
         again = encoder(pixels, GRIDS["mixed"])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    grown = torch.cuda.max_memory_allocated() - before
-    assert grown <= sum(-(-t.nbytes // 512) * 512 for t in flat(again)) and encoder.stats()["graphs"] == graphs
+    assert requested("peak") - before == sum(t.nbytes for t in flat(again)) and encoder.stats()["graphs"] == graphs
     assert all(torch.equal(a, b) for a, b in zip(flat(out), flat(again), strict=True))
     encoder(pixels, torch.tensor(GRIDS["mixed"]).cuda())  # a grid on the GPU: one small read, the same result
 
@@ -175,23 +171,6 @@ def test_streams_take_turns(encoder) -> None:  # type: ignore[no-untyped-def]
         torch.cuda.synchronize()
         for got, want in zip(results, truth, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
-def test_eight_threads_share_one_encoder(encoder) -> None:  # type: ignore[no-untyped-def]
-    cases = [(pixels_of(g, i).bfloat16(), g) for i, g in enumerate(GRIDS.values())]
-    truth = [flat(encoder(*case)) for case in cases]
-    torch.cuda.synchronize()
-
-    def hammer(seed: int) -> bool:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            right = True
-            for i in range(20):
-                got = flat(encoder(*cases[(seed + i) % 4]))
-                right &= all(torch.equal(a, b) for a, b in zip(got, truth[(seed + i) % 4], strict=True))
-        return right
-
-    with ThreadPoolExecutor(8) as threads:
-        assert all(threads.map(hammer, range(8)))
 
 
 def test_bad_input_is_refused_and_the_encoder_stays_usable(encoder) -> None:  # type: ignore[no-untyped-def]
