@@ -2,7 +2,8 @@
 
 python -m pytest -m gpu --junitxml=gpu.xml
 python -m bench.suite COMMIT:gpu.xml ... --environment bench/results/families.json
-A later run of a test stands for an earlier one; tests that did not run again keep what the report says of them.
+A later run of a test stands for an earlier one; tests that did not run again keep what the report says of them, as long
+as there are such tests.
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ def outcomes(path: Path, commit: str) -> dict[str, dict[str, object]]:
     return found
 
 
+def exists(name: str) -> bool:
+    """Whether a test of the report is still one."""
+    module, _, test = name.partition("::")
+    file = Path(__file__).parent.parent / f"{module.replace('.', '/')}.py"
+    return file.exists() and f"def {test.partition('[')[0]}(" in file.read_text()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("runs", nargs="+", help="COMMIT:FILE.xml, in the order of time")
@@ -36,6 +44,7 @@ def main() -> None:
     for run in arguments.runs:
         commit, _, path = run.partition(":")
         tests |= outcomes(Path(path), commit)
+    tests = {name: row for name, row in tests.items() if exists(name)}
     environment = json.loads(arguments.environment.read_text())["environment"]
     environment.pop("commit")
     report = {

@@ -23,7 +23,7 @@ from fused_vit.spec import TowerSpec
 from fused_vit.towers import parse_config
 
 pytest.importorskip("transformers")
-from bench import blocks, encoder, kernels, peers, report, steps, timing, tune
+from bench import blocks, encoder, kernels, peers, report, steps, suite, timing, tune
 from bench.assembly import Assembly
 from bench.cases import CASES, FILL, PEERS, partly, rectangle
 from tests.families import FAMILIES, build
@@ -411,8 +411,8 @@ def test_an_older_result_has_fewer_columns(measured: dict[str, Any]) -> None:
         for key in ("eager_ms", "bitwise", "rows_asked", "rows_run"):
             row["fused_vit"].pop(key, None)
     text = report.written(f"{report.START}{report.END}", measured)
-    assert "exact-fit" not in text and "same bits" not in text and "full time" not in text
-    assert "| 224² | 32 / 256 | 1.00 | 2.00 | 5 |" in text
+    assert "exact-fit" not in text and "same bits" not in text and "of the time" not in text
+    assert "| 224² | 32 / 64 | 1.00 | 2.00 | 5 |" in text
 
 
 def test_the_plot_has_a_line_for_each_engine_over_single_images(measured: dict[str, Any], tmp_path: Path) -> None:
@@ -427,7 +427,7 @@ def test_the_plot_has_a_line_for_each_engine_over_single_images(measured: dict[s
 
 
 def test_clips_and_batches_are_no_single_images() -> None:
-    assert [name for name in CASES if not report.single(name)] == ["8 x 448²", "mixed 8", "video 16 x 448²"]
+    assert [name for name in CASES if not report.single(name)] == ["4 x 256²", "8 x 448²", "mixed 8", "video 16 x 448²"]
 
 
 def test_tables_name_every_case(measured: dict[str, Any]) -> None:
@@ -496,3 +496,29 @@ def test_every_form_of_the_table_is_timed_and_every_matmul_can_be_forced_into_it
     assert set(blocks.FORMS.values()) == {form for forms in config._HOPPER.values() for form in forms}
     with blocks.all_forced(blocks.FORMS["deep"]):
         assert all(module.hopper_config() is blocks.FORMS["deep"] for module in (linear, qkv, residual))
+
+
+# --- the suite's report ---
+
+
+def test_a_suite_keeps_the_last_run_of_every_test_that_there_still_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def junit(name: str, *cases: str) -> str:
+        (tmp_path / name).write_text(f"<testsuite>{''.join(cases)}</testsuite>")
+        return f"{name.removesuffix('.xml')}:{tmp_path / name}"
+
+    here = 'classname="tests.test_bench" name="test_a_suite_keeps_the_last_run_of_every_test_that_there_still_is'
+    first = junit(
+        "aaa.xml", f'<testcase {here}[1]"><failure/></testcase>', f'<testcase {here}[2]"/>',
+        '<testcase classname="tests.test_bench" name="test_that_is_gone"/>',
+        '<testcase classname="tests.test_gone" name="test_x"/>',
+    )  # fmt: skip
+    second = junit("bbb.xml", f'<testcase {here}[1]"/>')
+    (tmp_path / "environment.json").write_text(json.dumps({"environment": {"device": "a GPU", "commit": "ccc"}}))
+    about = ["--environment", str(tmp_path / "environment.json"), "--out", str(tmp_path / "suite.json")]
+    monkeypatch.setattr("sys.argv", ["suite", first, second, *about])
+    suite.main()
+    found = json.loads((tmp_path / "suite.json").read_text())
+    assert found["counts"] == {"passed": 2} and found["environment"] == {"device": "a GPU"}
+    assert sorted(row["commit"] for row in found["tests"].values()) == ["aaa", "bbb"]
