@@ -242,7 +242,7 @@ def run_on(job: Job, devices: Sequence[str], tell: Tell) -> list[State]:
 
     Raises FusedVitError where one of them does, or is killed; the others are ended then, and what was written stays.
     """
-    import torch.multiprocessing.spawn as mp
+    from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
     count = len(devices)
     states = multiprocessing.get_context("spawn").Queue()
@@ -250,7 +250,7 @@ def run_on(job: Job, devices: Sequence[str], tell: Tell) -> list[State]:
         replace(job, part=job.part * count + i, parts=job.parts * count, device=device, processes=count)
         for i, device in enumerate(devices)
     ]
-    start: Any = mp.start_processes  # untyped
+    start: Any = start_processes  # untyped
     context = start(_run_one, (jobs, states), count, join=False, start_method="spawn")
     assert context is not None, "join=False returns a context"
     last: dict[int, State] = {}
@@ -263,7 +263,7 @@ def run_on(job: Job, devices: Sequence[str], tell: Tell) -> list[State]:
                     raise FusedVitError(found)
                 last[found.part] = found
                 tell(found)
-    except mp.ProcessExitedException as error:
+    except ProcessExitedException as error:
         raise FusedVitError(
             f"the process for {devices[error.error_index]} died ({error.signal_name or error.exit_code}); the same "
             "command does the rest"

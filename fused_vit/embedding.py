@@ -71,7 +71,7 @@ class Failed:
 
 @dataclass(slots=True)
 class Times:
-    """Where a run's seconds went: start, until the first image was prepared, then wall. decode, prepare: of all workers."""
+    """Where a run's seconds went: start, until an image was prepared, then wall. decode, prepare: of all workers."""
 
     decode: float = 0.0
     prepare: float = 0.0
@@ -154,6 +154,7 @@ class Embedder:
         self.table = None if table is None else table.to(vit.device, vit.dtype)
         self.times = Times()
         self.cuda = vit.device.type == "cuda"
+        self.depth = SLOTS if self.cuda else 0  # batches under way before the first is waited for
         self._counted: float | None = None  # until when the wall's time is counted
         self._ready: dict[torch.dtype, list[_Ready]] = {}
         self._slots = [_Slot(vit) for _ in range(SLOTS)] if self.cuda else []
@@ -179,7 +180,7 @@ class Embedder:
                 idle = not isinstance(found, Prepared)
                 while batch := self._take(flush=idle):
                     under_way.append((yield from self._started(batch)))
-                    while len(under_way) > SLOTS:
+                    while len(under_way) > self.depth:
                         yield from self._finished(under_way.popleft())
                 while under_way and idle:
                     yield from self._finished(under_way.popleft())
