@@ -111,7 +111,7 @@ class Preparer:
             raw = self.table is not None
             call = call_of(self.image(images=[image], return_tensors="pt", **(RAW if raw else {})))
         rows, grid = flatten_call(self.spec, *call)
-        return rows if raw else rows.to(self.dtype), grid
+        return rows.to(torch.uint8 if raw else self.dtype), grid  # whatever type the processor keeps bytes in
 
     def _numbers(self, rows: torch.Tensor) -> torch.Tensor:
         return look_up(rows, self.table.to(self.dtype)) if rows.dtype == torch.uint8 else rows  # type: ignore[union-attr]
@@ -154,30 +154,40 @@ RAW = {"do_rescale": False, "do_normalize": False}
 def byte_table(spec: TowerSpec, prepare: Any) -> torch.Tensor | None:
     """fp32 [channels, 256]: the number that the processor makes of each byte; None where that is not all that it does.
 
-    Tried on two pictures: one with every byte in every channel, and one that is not a multiple of anything.
+    Tried on a picture of noise, on one with every byte in every channel, of a size that the processor itself chose so
+    that it is left alone, and on the noise again.
     """
     import numpy as np
+
+    noise = np.random.default_rng(0).integers(0, 256, (397, 301, 3), dtype=np.uint8)
+    try:
+        first = _both_ways(spec, prepare, noise)
+        if first is None:
+            return None
+        _, h, w = first[2]
+        shades = (np.arange(256)[:, None] + np.array([0, 85, 170])).astype(np.uint8).reshape(16, 16, 3)
+        rows, columns = (np.arange(n * spec.patch.size) * 16 // (n * spec.patch.size) for n in (h, w))
+        second = _both_ways(spec, prepare, shades[rows][:, columns])
+    except (TypeError, ValueError):  # a processor that knows no such options
+        return None
+    if second is None:
+        return None
+    table = torch.full((spec.patch.channels, 256), torch.nan)
+    for channel, (values, numbers) in enumerate(zip(*(_channels(spec, t) for t in second[:2]), strict=True)):
+        table[channel].scatter_(0, values.flatten().long(), numbers.flatten())
+    proven = all(torch.equal(look_up(raw, table), plain) for raw, plain, _ in (first, second))
+    return table if proven and not table.isnan().any() else None
+
+
+def _both_ways(spec: TowerSpec, prepare: Any, picture: Any) -> tuple[torch.Tensor, torch.Tensor, list[int]] | None:
+    """Bytes, numbers and the first grid row of a picture; None where they are not that or lie otherwise."""
     from PIL import Image
 
-    tiles = (np.arange(256)[:, None] + np.array([0, 85, 170])).astype(np.uint8).reshape(16, 16, 3)
-    noise = np.random.default_rng(0).integers(0, 256, (397, 301, 3), dtype=np.uint8)
-    found: torch.Tensor | None = None
-    for picture in (tiles.repeat(32, 0).repeat(32, 1), noise):
-        image = Image.fromarray(picture)
-        try:
-            plain, grid = flatten_call(spec, *call_of(prepare(images=[image], return_tensors="pt")))
-            raw, same = flatten_call(spec, *call_of(prepare(images=[image], return_tensors="pt", **RAW)))
-        except (TypeError, ValueError):  # a processor that knows no such options
-            return None
-        if raw.dtype != torch.uint8 or plain.dtype != torch.float32 or grid != same:
-            return None
-        if found is None:
-            found = torch.full((spec.patch.channels, 256), torch.nan)
-            for channel, (values, numbers) in enumerate(zip(_channels(spec, raw), _channels(spec, plain), strict=True)):
-                found[channel].scatter_(0, values.flatten().long(), numbers.flatten())
-        if not torch.equal(look_up(raw, found), plain):
-            return None
-    return None if found is None or found.isnan().any() else found
+    images = [Image.fromarray(picture)]
+    plain, grid = flatten_call(spec, *call_of(prepare(images=images, return_tensors="pt")))
+    raw, same = flatten_call(spec, *call_of(prepare(images=images, return_tensors="pt", **RAW)))
+    fits = torch.equal(raw.byte(), raw) and plain.dtype == torch.float32 and grid == same
+    return (raw.byte(), plain, grid[0]) if fits else None
 
 
 def _channels(spec: TowerSpec, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
