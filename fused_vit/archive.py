@@ -23,7 +23,7 @@ from .images import processor
 from .preparing import Preparer, Workers
 from .shards import FORMATS, SHARD_BYTES, Folder, Row, storage, stored
 from .sources import Listing, Record, Unread, find, share
-from .videos import video_processor
+from .videos import need_av, video_processor
 
 Tell = Callable[["State"], None]
 
@@ -112,8 +112,7 @@ def _preparer(job: Job, vit: FusedViT, videos: bool) -> Preparer:
     image = processor(vit.spec, job.checkpoint, revision=job.revision)
     video = None
     if videos:
-        import av  # noqa: F401 - said now, and not by every worker
-
+        need_av()
         video = video_processor(vit.spec, job.checkpoint, fps=job.fps, frames=job.frames, revision=job.revision)
     return Preparer(vit.spec, image, video, vit.dtype)
 

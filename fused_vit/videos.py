@@ -53,8 +53,17 @@ def video_processor(
             "from one release"
         )
     if fps is not None or frames is not None:
-        found.fps, found.num_frames = fps, frames
+        found.fps, found.num_frames, found.do_sample_frames = fps, frames, True
     return found
+
+
+def need_av() -> Any:
+    """PyAV. Raises ImportError with the remedy."""
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(f"videos need PyAV: pip install 'fused-vit[embed]' ({error})") from error
+    return av
 
 
 def read_video(file: str | bytes, name: str, prepare: Any) -> tuple[Any, Any]:
@@ -62,10 +71,7 @@ def read_video(file: str | bytes, name: str, prepare: Any) -> tuple[Any, Any]:
 
     Raises InputError naming the video.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError(f"videos need PyAV: pip install 'fused-vit[embed]' ({error})") from error
+    av = need_av()
     try:
         with av.open(io.BytesIO(file) if isinstance(file, bytes) else file) as container:
             return _sampled(container, name, prepare)
@@ -92,13 +98,13 @@ def _sampled(container: Any, name: str, prepare: Any) -> tuple[Any, Any]:
         total_num_frames=total, fps=fps, duration=total / fps, video_backend="pyav",
         height=stream.height, width=stream.width,
     )  # fmt: skip
-    settings = {key: getattr(prepare, key, None) for key in getattr(prepare.valid_kwargs, "__annotations__", ())}
-    wanted = [int(i) for i in prepare.sample_frames(metadata, **settings)]
+    wanted = list(range(total))
+    if prepare.do_sample_frames:
+        settings = {key: getattr(prepare, key, None) for key in prepare.valid_kwargs.__annotations__}
+        wanted = [int(i) for i in prepare.sample_frames(metadata, **settings)]
     size = len(wanted) * stream.height * stream.width * 3
     if size > MAX_BYTES:
-        raise InputError(
-            f"{name}: its {len(wanted)} frames take {size} bytes; expected at most {MAX_BYTES}: lower --fps"
-        )
+        raise InputError(f"{name}: its {len(wanted)} frames take {size} bytes; expected at most {MAX_BYTES}: set --fps")
     kept: dict[int, Any] = {}
     needed, last = set(wanted), max(wanted)
     for i, frame in enumerate(container.decode(stream)):

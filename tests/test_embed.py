@@ -168,7 +168,7 @@ class FrameSampler:
     """In place of a Hugging Face video processor, which needs torchvision: every third frame, a patch of one grey."""
 
     valid_kwargs = type("Kwargs", (), {"__annotations__": {"fps": float, "num_frames": int}})
-    patch_size, fps, num_frames = 16, None, None
+    patch_size, fps, num_frames, do_sample_frames = 16, None, None, True
 
     def sample_frames(self, metadata: Any, fps: float | None, num_frames: int | None) -> list[int]:
         return list(range(0, metadata.total_num_frames, 3))

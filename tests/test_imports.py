@@ -37,7 +37,7 @@ THIRD_PARTY = {  # package -> modules that may import it; torch is everybody's
     "huggingface_hub": {"weights"},
     "transformers": {"adapters", "images", "videos", "parity"},
     "torchvision": {"videos"},  # Hugging Face's video processors need it
-    "av": {"videos", "archive"},
+    "av": {"videos"},
     "pyarrow": {"sources", "shards", "archive"},
     "typer": {"cli"},
     "rich": {"cli", "embedding"},
