@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 VISION = {
-    "depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 32,
+    "depth": 2, "hidden_size": 128, "num_heads": 2, "intermediate_size": 256, "out_hidden_size": 32,
     "deepstack_visual_indexes": [0], "num_position_embeddings": 64,
 }  # fmt: skip
 SIZE = {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}  # pixels: 4 to 64 patches, which cost nothing

@@ -477,16 +477,22 @@ def test_a_killed_run_leaves_no_process_and_no_work_undone(checkpoint: Path, man
 def test_a_worker_that_is_killed_is_an_error_and_what_was_done_stays(
     checkpoint: Path, many: Path, tmp_path: Path
 ) -> None:
-    arguments = (many, "--checkpoint", checkpoint, "-o", tmp_path, "--format", "safetensors", "--pool", "mean")
-    with command(*arguments, "--workers", 1, "--shard-images", 100, "--batch-tokens", 512) as process:
-        until(process, lambda: list(tmp_path.glob("part-*")))
-        for pid in descendants(process.pid):
-            if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+    killed: list[int] = []
+
+    def kill(state: State) -> None:
+        if state.done >= 150 and not killed:
+            below = descendants(os.getpid())
+            killed.extend(pid for pid in below if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+            for pid in killed:
                 os.kill(pid, signal.SIGKILL)
-        err = process.communicate(timeout=60)[1]
-    assert process.returncode == 1
-    assert "error: one of 1 worker processes died, as when memory" in err.splitlines()[-1], err
-    assert 100 <= len(rows(tmp_path)) < 1208 and not list(tmp_path.glob("*.tmp"))
+
+    job = Job(
+        (str(many),), str(checkpoint), tmp_path, kind="safetensors", pool="mean", workers=1, device="cpu",
+        batch_tokens=512, shard_images=100,
+    )  # fmt: skip
+    with pytest.raises(FusedVitError, match="one of 1 worker processes died, as when memory or /dev/shm runs out"):
+        archive.run(job, kill)
+    assert killed and 150 <= len(rows(tmp_path)) < 1208 and not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_process_for_each_device(

@@ -89,7 +89,7 @@ MUTANTS = (
     Mutant("results out of order", "fused_vit/embedding.py", "results[one.number] = one.embedding",
            "results[results.index(None)] = one.embedding",
            f"{ENCODE}::test_many_images_of_any_form_come_back_in_order"),
-    Mutant("batches too full", "fused_vit/embedding.py", "if tokens + one.tokens <= self.budget", "if tokens <= self.budget",
+    Mutant("batches too full", "fused_vit/embedding.py", "if tokens + one.tokens <=", "if tokens <=",
            f"{ENCODE}::test_batches_are_filled_largest_first_and_never_over"),
     Mutant("a lone image waits", "fused_vit/embedding.py", "            yield None\n            found = ready.get()",
            "            found = ready.get()", f"{ENCODE}::test_a_lone_image_does_not_wait_for_others"),
