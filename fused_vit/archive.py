@@ -95,6 +95,10 @@ def run(job: Job, tell: Tell) -> State:
         if left or state.failed:
             _embed(job, vit, prepare, left, _Writer(folder, store, job.shard_images), state, tell)
             folder.report(_report(job, state))
+        elif folder.reported().get("failed"):  # what failed is gone, or another share did it
+            folder.report(_report(job, state))
+        if job.part == 0:
+            folder.forget(job.parts)
     vit.close()
     return state
 
@@ -139,7 +143,7 @@ def _left(job: Job, listing: Listing, folder: Folder, state: State) -> list[Reco
                 f"{record.key} was embedded when its file had {size} bytes, and it has {record.size} now; delete "
                 f"{shard}, which holds it, or choose another folder with -o"
             )
-    state.total, state.before = len(mine), len(mine) - len(left)
+    state.total, state.before = len(mine) + len(state.failed), len(mine) - len(left)
     return left
 
 
@@ -224,12 +228,12 @@ def _take(result: Embedded | Failed, writer: _Writer, state: State) -> None:
 
 
 def _report(job: Job, state: State) -> dict[str, Any]:
-    assert state.times is not None, "a report comes at the end"
+    times = state.times or Times()
     return {
         "shard": f"{job.part}/{job.parts}", "total": state.total, "before": state.before, "done": state.done,
         "failed": [asdict(unread) for unread in state.failed], "ignored": state.ignored, "backend": state.backend,
-        "seconds": state.seconds, "shares": state.times.shares(), "bound": state.times.bound(),
-        "times": asdict(state.times),
+        "seconds": state.seconds, "shares": times.shares(), "bound": times.bound(),
+        "times": asdict(times),
     }  # fmt: skip
 
 

@@ -225,6 +225,8 @@ def embed(
 
     if shard_images < 1:
         raise InputError(f"--shard-images is {shard_images}; expected at least 1")
+    if device is not None and devices is not None:
+        raise InputError("--device and --devices are both there; take --devices for several, --device for one")
     part, parts = part_of(shard)
     place = local_rank()
     if place is not None and devices is None and device is None and torch.cuda.is_available():

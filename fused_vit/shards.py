@@ -141,6 +141,19 @@ class Folder:
         self.next += 1
         return self.path / name
 
+    def reported(self) -> dict[str, Any]:
+        """This part's report, {} where there is none."""
+        try:
+            return dict(json.loads((self.path / f"_report-{self.part:05d}.json").read_bytes()))
+        except (OSError, ValueError):
+            return {}
+
+    def forget(self, parts: int) -> None:
+        """Reports of parts that there no longer are, now that the work is cut into fewer."""
+        for path in self.path.glob("_report-*.json"):
+            if int(path.stem.removeprefix("_report-")) >= parts:
+                path.unlink()
+
     def report(self, report: Mapping[str, Any]) -> Path:
         """_report-PART.json: what this part's run did and what failed, in place of that of the run before."""
         path = self.path / f"_report-{self.part:05d}.json"

@@ -219,14 +219,16 @@ def read(record: Record) -> bytes | str:
             raise InputError(f"{record.key}: the tar ends before it does")
         return data
     value = _rows_of(record.file, record.at[0], record.column).at(record.at[1])
+    beside = os.path.dirname(record.file)
     if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+        name, value = value.get("path"), value["bytes"]
+        if value is None and name is not None:  # not asked for by --column, so it may not lead out
+            value = os.path.realpath(os.path.join(beside, name))
+            if not Path(value).is_relative_to(os.path.realpath(beside)):
+                raise InputError(f"{record.key}: no bytes, and its path leads out of the file's folder")
     if value is None:
         raise InputError(f"{record.key}: null")
-    if isinstance(value, str):
-        return os.path.join(os.path.dirname(record.file), value)
-    data = bytes(value)
-    return data
+    return os.path.join(beside, value) if isinstance(value, str) else bytes(value)
 
 
 class _RowGroup:

@@ -11,6 +11,7 @@ from .errors import CheckpointError, InputError
 from .spec import TowerSpec
 
 logger = logging.getLogger("fused_vit")
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg"  # no demuxer beyond these
 MAX_BYTES = 1 << 32  # of the frames of one video, in RGB
 
 
@@ -73,7 +74,11 @@ def read_video(file: str | bytes, name: str, prepare: Any) -> tuple[Any, Any]:
     """
     av = need_av()
     try:
-        with av.open(io.BytesIO(file) if isinstance(file, bytes) else file) as container:
+        # by a file that is open already: a playlist in disguise has no way to open others
+        with (
+            io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened,
+            av.open(opened, options={"format_whitelist": FORMATS, "protocol_whitelist": "none"}) as container,
+        ):
             return _sampled(container, name, prepare)
     except (InputError, MemoryError):
         raise

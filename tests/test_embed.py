@@ -186,11 +186,13 @@ def test_videos_are_sampled_decoded_and_embedded_beside_photographs(
     pytest.importorskip("av")
     (tmp_path / "in").mkdir()
     greys = archives.video(tmp_path / "in" / "clip.mp4")
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile://{tmp_path}/in/clip.mp4\n#EXT-X-ENDLIST\n"
+    (tmp_path / "in" / "list.avi").write_text(playlist)  # would have FFmpeg open whatever it names
     (tmp_path / "in" / "cut.mp4").write_bytes((tmp_path / "in" / "clip.mp4").read_bytes()[:200])
     archives.photographs(tmp_path / "in", [0])
     monkeypatch.setattr(archive, "video_processor", lambda *_, **__: FrameSampler())
     state = embed(tmp_path / "in", checkpoint, tmp_path / "out")
-    assert [unread.key.rpartition("/")[2] for unread in state.failed] == ["cut.mp4"]
+    assert [unread.key.rpartition("/")[2] for unread in state.failed] == ["cut.mp4", "list.avi"]
     found = rows(tmp_path / "out")
     vit = fused_vit.load(checkpoint, device="cpu")
     shown = torch.tensor(greys[::3].astype("float32") / 255).view(2, 2)  # what the frames were drawn with
@@ -235,6 +237,9 @@ def test_what_fails_is_in_the_report_and_costs_only_itself(checkpoint: Path, pho
     result = run(bad, "--checkpoint", checkpoint, "-o", tmp_path / "out", "--format", "safetensors")
     assert result.exit_code == 0 and "2 images to" in result.stdout and "2 were there" in result.stdout
     assert len(rows(tmp_path / "out")) == 4
+    (bad / "text.png").unlink()
+    embed(bad, checkpoint, tmp_path / "out")  # nothing to do and nothing failed: that is what the report says
+    assert json.loads((tmp_path / "out" / "_report-00000.json").read_text())["failed"] == []
 
 
 def test_an_image_that_cannot_be_encoded_costs_its_batch_nothing(

@@ -118,6 +118,11 @@ def test_parquet_rows_are_read_alone_and_in_any_order(form: str, tmp_path: Path)
     if form == "struct":
         with pytest.raises(InputError, match=r"a\.parquet#7: null"):
             read(records[7])
+        structs[3]["path"] = "../../etc/hosts.png"
+        image = pa.array(structs, image.type)
+        pq.write_table(pa.table({"image": image}), tmp_path / "a.parquet")
+        with pytest.raises(InputError, match=r"a\.parquet#3: no bytes, and its path leads out"):
+            read(find([tmp_path / "a.parquet"]).records[3])
 
 
 def test_the_column_of_images_is_found_or_asked_for(tmp_path: Path) -> None:
