@@ -26,7 +26,7 @@ from .errors import InputError
 from .images import processor
 from .output import VisionOutput
 from .packing import Item, items
-from .preparing import Part, Prepared, Preparer, Workers, look_up
+from .preparing import Part, Prepared, Preparer, Sent, Workers, look_up, received
 from .spec import TowerSpec
 
 Pool = Literal["mean"]
@@ -451,12 +451,12 @@ async def stream(
         except BaseException as error:
             tell(error)
 
-    def prepared(future: Future[Prepared]) -> None:
+    def prepared(future: Future[Prepared | Sent]) -> None:
         if not future.cancelled():
-            ready.put(future.exception() or future.result())
+            ready.put(future.exception() or received(future.result()))
 
     async def feed(pool_of_workers: Workers) -> None:
-        waiting: list[asyncio.Future[Prepared]] = []
+        waiting: list[asyncio.Future[Prepared | Sent]] = []
         try:
             number = 0
             async for image in _each(images):

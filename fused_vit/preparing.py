@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -227,20 +227,48 @@ def _work(numbered: Sequence[tuple[int, Any]]) -> Prepared:
     return _prepare(numbered)
 
 
+Sent = tuple[Prepared, Any, torch.dtype]
+
+
+def _work_by_value(numbered: Sequence[tuple[int, Any]]) -> Sent:
+    """Pixels through the pipe: twice the copies, for machines without shared memory to speak of."""
+    prepared = _prepare(numbered)
+    pixels = prepared.pixels
+    return replace(prepared, pixels=torch.empty(0)), pixels.view(torch.uint8).numpy(), pixels.dtype
+
+
+def received(result: Prepared | Sent) -> Prepared:
+    if isinstance(result, Prepared):
+        return result
+    prepared, array, dtype = result
+    flat = torch.from_numpy(array.ravel()).view(dtype)  # an empty array's strides are no tensor's
+    return replace(prepared, pixels=flat.view(len(array), array.shape[1] // dtype.itemsize))
+
+
+def _shared_room() -> int:
+    """Bytes of shared memory that are free; a container often has 64 MiB in all."""
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return 0
+    return found.f_bavail * found.f_frsize
+
+
 class Workers:
     """Processes (spawned: CUDA survives no fork) or threads that prepare; leave the `with` block and they are gone."""
 
     def __init__(self, prepare: Preparer, count: int, *, threads: bool = False) -> None:
         if count < 1:
             raise InputError(f"workers is {count}; expected at least 1")
-        self.count = count
+        self.count, self.ahead = count, count + count // 2 + 1
         self.pool: Executor
-        self.call: Callable[[Sequence[tuple[int, Any]]], Prepared]
+        self.call: Callable[[Sequence[tuple[int, Any]]], Prepared | Sent]
         if threads:
             self.pool, self.call = ThreadPoolExecutor(count, "fused-vit-prepare"), prepare
         else:
             context = multiprocessing.get_context("spawn")
-            self.pool, self.call = ProcessPoolExecutor(count, context, _begin, (prepare,)), _work
+            self.pool = ProcessPoolExecutor(count, context, _begin, (prepare,))
+            self.call = _work if _shared_room() > 2 * self.ahead * TASK_BYTES else _work_by_value
             self.pool.submit(_work, ())  # starts them all, while the encoder is being made ready
 
     def __enter__(self) -> Workers:
@@ -249,7 +277,7 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
-    def submit(self, numbered: Sequence[tuple[int, Any]]) -> Future[Prepared]:
+    def submit(self, numbered: Sequence[tuple[int, Any]]) -> Future[Prepared | Sent]:
         return self.pool.submit(self.call, numbered)
 
     def run(self, sources: Iterable[Any]) -> Iterator[Prepared]:
@@ -258,17 +286,17 @@ class Workers:
         Raises FusedVitError where a worker process died.
         """
         waiting = enumerate(sources)
-        pending: set[Future[Prepared]] = set()
+        pending: set[Future[Prepared | Sent]] = set()
         size = 1
         try:
             while True:
-                while len(pending) < self.count + self.count // 2 + 1 and (task := list(islice(waiting, size))):
+                while len(pending) < self.ahead and (task := list(islice(waiting, size))):
                     pending.add(self.submit(task))
                 if not pending:
                     return
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:
-                    prepared = future.result()
+                    prepared = received(future.result())
                     size = _next_size(prepared)
                     yield prepared
         except BrokenProcessPool as error:

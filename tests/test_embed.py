@@ -261,7 +261,7 @@ def test_an_image_that_cannot_be_encoded_costs_its_batch_nothing(
 
 def test_nothing_there_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    result = run(tmp_path / "empty", "--checkpoint", checkpoint, "-o", tmp_path / "out")
+    result = run(tmp_path / "empty", "--checkpoint", checkpoint, "-o", tmp_path / "out", "--format", "safetensors")
     assert result.exit_code == 1 and "no images in there" in result.stderr
     assert not (tmp_path / "out").exists()
 

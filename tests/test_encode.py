@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import pickle
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -166,7 +167,7 @@ def test_a_lone_image_does_not_wait_for_others(
 
         async def arriving() -> AsyncIterator[Path]:
             for path in photos[:3]:
-                await asyncio.wait_for(answered.wait(), 30)  # the next comes only after the answer to the last
+                await asyncio.wait_for(answered.wait(), 5)  # the next comes only after the answer to the last
                 answered.clear()
                 yield path
 
@@ -242,7 +243,7 @@ def test_a_processor_that_does_more_than_map_bytes_is_taken_as_it_is(
         def __call__(self, **options: Any) -> Any:
             batch = real(**options)
             pixels = batch["pixel_values"]
-            batch["pixel_values"] = pixels + 0.1 * pixels.roll(1, 1) if pixels.is_floating_point() else pixels
+            batch["pixel_values"] = pixels if "do_rescale" in options else pixels + 0.1 * pixels.roll(1, 1)
             return batch
 
     class Strict:
@@ -269,6 +270,21 @@ def test_a_mixture_of_bytes_and_numbers_is_numbers(
     assert prepared.pixels.dtype == torch.float32
     first, second = (pixels for _, pixels in prepared.split())
     assert torch.equal(second, clip) and torch.equal(first, look_up(prepare([(0, record)]).pixels, prepare.table))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pixels_go_through_the_pipe_where_shared_memory_is_small(
+    dtype: torch.dtype, vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = Preparer(vit.spec, processor(vit.spec, checkpoint), dtype=dtype)
+    for table in (prepare.table, None):
+        prepare.table = table
+        monkeypatch.setattr(preparing, "_prepare", prepare, raising=False)
+        sent = pickle.loads(pickle.dumps(preparing._work_by_value([(0, photos[0]), (1, b"no"), (2, photos[1])])))
+        want, got = prepare([(0, photos[0]), (2, photos[1])]), preparing.received(sent)
+        assert torch.equal(got.pixels, want.pixels) and got.pixels.dtype == want.pixels.dtype
+        assert [part.number for part in got.parts] == [0, 1, 2]
+    assert preparing.received(preparing._work_by_value([(0, b"no")])).pixels.shape == (0, 1536)
 
 
 def test_workers_prepare_a_bounded_number_ahead(vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path]) -> None:
