@@ -80,7 +80,7 @@ def run(job: Job, tell: Tell) -> State:
         raise InputError(f"format is {job.kind!r}; expected one of {', '.join(FORMATS)}")
     if job.kind == "parquet":
         _need_pyarrow()
-    listing = find(job.sources, job.column)
+    listing = find(job.sources, job.column, without=job.output)
     if not listing.records and not listing.unread:
         raise InputError(f"{', '.join(job.sources)}: no images in there; expected photographs, videos, tars or Parquet")
     vit = load(

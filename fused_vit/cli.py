@@ -191,7 +191,7 @@ def embed(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE...",
+            metavar="SOURCE",
             help="folders, globs in quotes, .txt lists of paths, WebDataset .tar, .parquet, photographs, videos",
         ),
     ],

@@ -60,15 +60,17 @@ class Listing:
     records: list[Record] = field(default_factory=list)
     unread: list[Unread] = field(default_factory=list)
     ignored: int = 0  # files of other kinds in folders
+    without: str = ""
 
 
-def find(sources: Sequence[str | Path], column: str | None = None) -> Listing:
+def find(sources: Sequence[str | Path], column: str | None = None, without: str | Path | None = None) -> Listing:
     """List sources: folders (recursive), globs, .txt lists (a path a line), .tar, .parquet, images and videos.
 
     column: of Parquet files, the one that holds images; by default the only one with bytes, or `image`.
+    without: a folder that is left out where another holds it, such as the one that results go to.
     Raises InputError where a source does not exist; what is broken inside one is a row of `unread`.
     """
-    listing, seen = Listing(), set()
+    listing, seen = Listing(without=os.path.realpath(without) if without else ""), set()
     for source in sources:
         for record in _expand(str(source), column, listing):
             if record.key not in seen:
@@ -86,7 +88,7 @@ def share(records: Sequence[Record], part: int, parts: int) -> Sequence[Record]:
 
 def _expand(source: str, column: str | None, listing: Listing) -> Iterator[Record]:
     if os.path.isdir(source):
-        for path in _walk(source):
+        for path in _walk(source, listing.without):
             if _suffix(path) in IMAGES | VIDEOS | {TAR, PARQUET}:
                 yield from _file(path, column, listing)
             else:
@@ -107,9 +109,12 @@ def _expand(source: str, column: str | None, listing: Listing) -> Iterator[Recor
         raise InputError(f"{source}: no such file or folder")
 
 
-def _walk(folder: str) -> Iterator[str]:
+def _walk(folder: str, without: str) -> Iterator[str]:
     """Files under a folder in sorted order, hidden ones left out; links to folders are not followed."""
     for here, folders, files in os.walk(folder):
+        if os.path.realpath(here) == without:
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(here, name) for name in sorted(files) if not name.startswith("."))
 

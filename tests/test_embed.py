@@ -353,6 +353,14 @@ def test_a_shard_that_cannot_be_read_is_named(checkpoint: Path, photos: Path, tm
         embed(photos, checkpoint, tmp_path)
 
 
+def test_results_below_a_source_are_no_source(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    archives.photographs(tmp_path, [0, 1])
+    for done in (2, 0):
+        state = embed(tmp_path, checkpoint, tmp_path / "out", kind="parquet")
+        assert (state.done, state.failures, state.total) == (done, 0, 2)
+
+
 def test_two_runs_of_one_share_are_refused(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     embed(photos, checkpoint, tmp_path)
     about = json.loads((tmp_path / "_manifest.json").read_text())
