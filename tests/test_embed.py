@@ -480,7 +480,10 @@ def test_a_killed_run_leaves_no_process_and_no_work_undone(checkpoint: Path, man
         below = descendants(process.pid)
         assert below
         process.kill()
-        assert gone(below, 10), "workers outlived the run"
+        left = not gone(below, 10)
+        for pid in filter(alive, below):
+            os.kill(pid, signal.SIGKILL)
+        assert not left, "workers outlived the run"
     before = len(rows(tmp_path))
     assert 200 <= before < 1208
     state = embed(many, checkpoint, tmp_path, pool="mean", batch_tokens=4096)
