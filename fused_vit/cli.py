@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from . import __version__
@@ -174,6 +174,116 @@ def encode(
             "(the same command tries only those again)"
         )
     shutil.rmtree(parts.folder, ignore_errors=True)
+
+
+class Format(StrEnum):
+    parquet = "parquet"
+    safetensors = "safetensors"
+
+
+class PoolOf(StrEnum):
+    none = "none"
+    mean = "mean"
+
+
+@app.command()
+def embed(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE",
+            help="folders, globs in quotes, .txt lists of paths, WebDataset .tar, .parquet, photographs, videos",
+        ),
+    ],
+    checkpoint: Annotated[str, typer.Option(help="folder, .safetensors file or hub id")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder of shards; a run adds what it lacks")],
+    format: Annotated[Format, typer.Option(help="of the shards")] = Format.parquet,
+    pool: Annotated[PoolOf, typer.Option(help="none: all merged rows of an image; mean: one vector")] = PoolOf.none,
+    store: Annotated[
+        Dtype | None, typer.Option(help="default float32 pooled, else the encoder's; Parquet has no bfloat16")
+    ] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="patches of a batch; default the largest bucket's")] = None,
+    max_tokens: Annotated[int, typer.Option(help="patches of the largest bucket")] = 16384,
+    workers: Annotated[
+        int | None, typer.Option(help="processes that decode and preprocess; 0: a thread; default the cores")
+    ] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: this share of n; default torchrun's RANK/WORLD_SIZE")] = None,
+    devices: Annotated[str | None, typer.Option(help="a process on each: all, or 0,1")] = None,
+    device: Device = None,
+    dtype: Precision = None,
+    column: Annotated[str | None, typer.Option(help="of Parquet files, where it is not clear which has images")] = None,
+    fps: Annotated[float | None, typer.Option(help="frames a second of videos; default the checkpoint's")] = None,
+    frames: Annotated[int | None, typer.Option(help="frames of every video, instead of so many a second")] = None,
+    shard_images: Annotated[int, typer.Option(help="of one shard at most; one also ends at 256 MiB")] = 4096,
+    revision: Revision = None,
+) -> None:
+    """Embed archives into a folder of Parquet or safetensors shards: resumable, on any number of GPUs and machines.
+
+    A second run does what is left, and nothing where nothing is. Failures are in OUTPUT/_report-*.json.
+    """
+    from .archive import Job, devices_of, local_rank, part_of, run, run_on
+
+    if shard_images < 1:
+        raise InputError(f"--shard-images is {shard_images}; expected at least 1")
+    if device is not None and devices is not None:
+        raise InputError("--device and --devices are both there; take --devices for several, --device for one")
+    part, parts = part_of(shard)
+    place = local_rank()
+    if place is not None and devices is None and device is None and torch.cuda.is_available():
+        device = f"cuda:{place[0] % torch.cuda.device_count()}"
+    job = Job(
+        tuple(sources), checkpoint, output, format.value, "mean" if pool is PoolOf.mean else None,
+        store.value if store else None, batch_tokens, max_tokens, workers, part, parts, device, _torch(dtype), revision,
+        column, fps, frames, shard_images, place[1] if place else 1,
+    )  # fmt: skip
+    with EmbedProgress() as bar:
+        states = [run(job, bar.tell)] if devices is None else run_on(job, devices_of(devices), bar.tell)
+    done, failures = sum(state.done for state in states), sum(state.failures for state in states)
+    before, seconds = sum(state.before for state in states), max(state.seconds for state in states)
+    rate = f", {done / seconds:.1f} images/s" if done else ""
+    text = f"{done} images to {output} in {seconds:.1f} s{rate}; {before} were there, {failures} failed"
+    out.print(text, highlight=False, soft_wrap=True, markup=False)
+    for state in states:
+        name = f"shard {state.part}, {state.backend}: " if len(states) > 1 else f"{state.backend}: "
+        if state.times is not None:
+            out.print(name + state.times.bound(), highlight=False, soft_wrap=True, markup=False)
+    failed = [bad for state in states for bad in state.failed]
+    for bad in failed[:SHOWN]:
+        out.print(f"failed: {bad.key}: {bad.reason}", highlight=False, soft_wrap=True, markup=False)
+    if failed:
+        raise InputError(
+            f"{len(failed)} images failed, the first {failed[0].key}: {failed[0].reason} "
+            f"(all are in {output}/_report-*.json; the same command tries only those again)"
+        )
+
+
+SHOWN = 20  # failures, of as many as there are in the report
+
+
+class EmbedProgress:
+    """A bar over all shards of this command: images, how many a second, and how much of the time devices encoded."""
+
+    def __init__(self) -> None:
+        said = TextColumn("{task.fields[rate]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), said, TimeRemainingColumn())
+        self.bar = Progress(*columns, console=Console(stderr=True))
+        self.task = self.bar.add_task("embedding", total=None, rate="")
+        self.states: dict[int, Any] = {}
+
+    def __enter__(self) -> EmbedProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def tell(self, state: Any) -> None:
+        self.states[state.part] = state
+        states = list(self.states.values())
+        rate = sum(one.done / one.seconds for one in states if one.seconds)
+        busy = sum(one.busy for one in states) / len(states)
+        total, ready = sum(one.total for one in states), sum(one.before + one.done + one.failures for one in states)
+        self.bar.update(self.task, total=total, completed=ready, rate=f"{rate:.1f} images/s, encoding {busy:.0%}")
 
 
 @app.command()

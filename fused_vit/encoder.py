@@ -7,12 +7,12 @@ import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -286,6 +286,61 @@ class FusedViT:
                 self._of_bytes[mean, std] = FusedViT(spec, weights, buckets=self.buckets)
             encoder = self._of_bytes[mean, std]
         return encoder(patches, grid)
+
+    def encode(
+        self,
+        images: Any,
+        *,
+        processor: Any,
+        pool: Literal["mean"] | None = None,
+        batch_tokens: int | None = None,
+        convert_to_numpy: bool = False,
+        show_progress_bar: bool = False,
+        workers: int | None = None,
+    ) -> Any:
+        """Encode photographs of any sizes and in any number, in full batches, prepared by threads.
+
+        Args:
+            images: paths, PIL images, files' bytes, or uint8 arrays or tensors [height, width, 3]; one, or many.
+            processor: the checkpoint's path or hub id, or its image processor (`images.processor`).
+            pool: "mean" for one vector an image, in float32; None for its merged rows.
+            batch_tokens: patches of a batch; default those of the largest bucket.
+            convert_to_numpy: arrays instead of tensors; bfloat16, which numpy lacks, as float32.
+            workers: threads that decode and preprocess; default the cores of this process less one.
+
+        Returns:
+            In the order of `images`, on the CPU: a list of [rows, out] in the encoder's dtype, or with pool one
+            [images, out]; of a single image without the list, or [out].
+
+        Raises:
+            InputError: an image cannot be read or encoded; names it by its number.
+        """
+        from .embedding import encode
+
+        return encode(
+            self, images, processor=processor, pool=pool, batch_tokens=batch_tokens, convert_to_numpy=convert_to_numpy,
+            show_progress_bar=show_progress_bar, workers=workers,
+        )  # fmt: skip
+
+    def stream(
+        self,
+        images: Iterable[Any] | AsyncIterable[Any],
+        *,
+        processor: Any,
+        pool: Literal["mean"] | None = None,
+        batch_tokens: int | None = None,
+        workers: int | None = None,
+    ) -> AsyncIterator[tuple[int, torch.Tensor | InputError]]:
+        """For servers: `async for number, rows in vit.stream(images, processor=...)`, as they are done.
+
+        A batch takes what came while the last one ran: a lone image does not wait for others. Arguments as in `encode`;
+        `images` may arrive over time. An image that cannot be read or encoded yields its InputError.
+        """
+        from .embedding import stream
+
+        return stream(
+            self, images, processor=processor, pool=pool, batch_tokens=batch_tokens, workers=workers
+        )  # fmt: skip
 
     def _check_usable(self) -> None:
         if not self.weights:

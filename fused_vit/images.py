@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import stat
@@ -69,13 +70,24 @@ def read_image(path: str | Path) -> Any:
     Nothing is decoded before its size, as the header has it, was found to be at most MAX_PIXELS: reading takes at most
     32 bytes for each of them, and 6 for each byte of the file. Raises InputError naming the file.
     """
+    check_file(path)
+    return _decode(path, str(path))
+
+
+def decode_image(data: bytes, name: str) -> Any:
+    """`read_image` of a file's content that is in memory already; errors call it `name`."""
+    if len(data) > MAX_BYTES:
+        raise InputError(f"{name}: {len(data)} bytes; expected at most {MAX_BYTES}")
+    return _decode(io.BytesIO(data), name)
+
+
+def _decode(file: str | Path | io.BytesIO, name: str) -> Any:
     from PIL import Image
 
-    check_file(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours, below
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 width, height = _decoded_size(image)
                 if width * height <= MAX_PIXELS:
                     return _rgb(image)
@@ -85,10 +97,10 @@ def read_image(path: str | Path) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # decoders meet hostile bytes with whatever they stumble over
-        logger.info("%s cannot be decoded", path, exc_info=error)  # what a decoder says may hold addresses
+        logger.info("%s cannot be decoded", name, exc_info=error)  # what a decoder says may hold addresses
         kinds = ", ".join(FORMATS)
-        raise InputError(f"{path}: not an image that can be read; supported: {kinds}, complete files") from error
-    raise InputError(f"{path}: {too_large}; expected at most {MAX_PIXELS}")
+        raise InputError(f"{name}: not an image that can be read; supported: {kinds}, complete files") from error
+    raise InputError(f"{name}: {too_large}; expected at most {MAX_PIXELS}")
 
 
 def _decoded_size(image: Any) -> tuple[int, int]:

@@ -498,6 +498,35 @@ def test_every_form_of_the_table_is_timed_and_every_matmul_can_be_forced_into_it
         assert all(module.hopper_config() is blocks.FORMS["deep"] for module in (linear, qkv, residual))
 
 
+# --- archives ---
+
+
+def test_files_to_vectors_have_their_error_beside_every_speed(tmp_path: Path) -> None:
+    from bench import embed
+    from tests.archives import VISION
+
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    tower = transformers.Qwen3VLVisionModel(transformers.Qwen3VLConfig(vision_config=VISION).vision_config).eval()
+    for parameter in tower.parameters():
+        parameter.data = (torch.randn_like(parameter) * 0.1).bfloat16().float()
+    embed.checkpoint(tmp_path / "checkpoint", tower)
+    peer = embed.Peer(tower, embed.own_processor(tmp_path / "checkpoint"), torch.device("cpu"))
+    arguments = SimpleNamespace(images=9, devices=[1], workers=0, seconds=5)
+    row = embed.measure("224²", tmp_path, tower, peer, arguments, "cpu")  # type: ignore[arg-type]
+    assert row["ours"]["1"]["images"] == 9 and row["ours"]["1"]["images_s"] > 0
+    assert row["error"] < 1e-5 and row["their_error"] == 0.0  # on a CPU both are in fp32
+    assert row["theirs"]["loop"]["images"] == 8 and "batch" not in row["theirs"]  # too few for any
+    assert embed.table({"224²": row}).row_count == 2
+    paths = sorted((tmp_path / "224²").iterdir())
+    assert list(embed.in_batches(peer, paths, 4)) == [4, 4, 1]
+    files = embed.Files(paths, tmp_path / "checkpoint")
+    batch = embed.packed([files[0], files[1]])
+    batch["pixel_values"] = batch["pixel_values"].float()
+    want = peer.vectors([embed.read(path) for path in paths[:2]])
+    assert torch.allclose(peer.means(batch), want, rtol=0.05, atol=0.05)  # pixels went through bfloat16
+
+
 # --- the suite's report ---
 
 

@@ -17,10 +17,13 @@ LAYERS = (
     ("output", "towers", "packing", "buckets", "calls"),
     ("plan",),
     ("workspace", "executor"),
-    ("graphs", "batch", "source", "stills"),
+    ("graphs", "batch", "source", "images", "stills", "videos", "sources", "shards"),
+    ("preparing",),
+    ("embedding",),
     ("encoder",),
-    ("images", "pca", "parity", "metrics", "adapters"),
-    ("encoding",),
+    ("pca", "parity", "metrics", "adapters"),
+    ("encoding", "ray"),
+    ("archive",),
     ("cli",),
 )
 RANK = {name: i for i, row in enumerate(LAYERS) for name in row}
@@ -30,13 +33,16 @@ LEAVES = {  # fused_vit.kernels and fused_vit.weights: what they may import of f
 }
 THIRD_PARTY = {  # package -> modules that may import it; torch is everybody's
     "triton": {"kernels"},
-    "safetensors": {"weights", "encoding"},
+    "safetensors": {"weights", "encoding", "shards"},
     "huggingface_hub": {"weights"},
-    "transformers": {"adapters", "images", "parity"},
+    "transformers": {"adapters", "images", "videos", "parity"},
+    "torchvision": {"videos"},  # Hugging Face's video processors need it
+    "av": {"videos"},
+    "pyarrow": {"sources", "shards", "archive"},
     "typer": {"cli"},
-    "rich": {"cli"},
-    "numpy": {"images", "pca", "stills", "weights"},
-    "PIL": {"images", "pca"},
+    "rich": {"cli", "embedding"},
+    "numpy": {"images", "pca", "stills", "weights", "videos", "preparing", "embedding", "shards", "ray"},
+    "PIL": {"images", "pca", "preparing"},
     "prometheus_client": {"metrics"},
     "einops": set(RANK) | {"weights"},
 }

@@ -20,6 +20,7 @@ class Mutant:
 PACKING, PLAN, FOLD = "tests/test_packing.py", "tests/test_plan.py", "tests/weights/test_fold_pack.py"
 ENCODER, CALLS, DEFINE = "tests/test_encoder.py", "tests/test_calls.py", "tests/test_define.py"
 CHECKPOINT, KERNELS = "tests/weights/test_checkpoint.py", "tests/kernels/interpreted.py"
+EMBED, ENCODE, SOURCES = "tests/test_embed.py", "tests/test_encode.py", "tests/test_sources.py"
 
 MUTANTS = (
     # --- the host: packing, plan, workspace, buckets ---
@@ -59,6 +60,47 @@ MUTANTS = (
            "tests/test_image_memory.py::test_what_is_crafted_to_take_more_does_not"),
     Mutant("one norm over four patches", "fused_vit/plan.py", "1 if whole else spec.patches", "1",
            f"{DEFINE}::test_the_definition_is_transformers_tower"),
+    # --- archives ---
+    Mutant("a share twice", "fused_vit/sources.py", "records[len(records) * part // parts :",
+           "records[max(0, len(records) * part // parts - 1) :",
+           f"{SOURCES}::test_shares_partition_whatever_their_number"),
+    Mutant("a member a byte off", "fused_vit/sources.py", "tar.seek(offset)", "tar.seek(offset + 1)",
+           f"{SOURCES}::test_a_webdataset_tar_is_read_member_by_member"),
+    Mutant("rows only forward", "fused_vit/sources.py", "if row < self.first:", "if False:",
+           f"{SOURCES}::test_parquet_rows_are_read_alone_and_in_any_order"),
+    Mutant("what is done is done again", "fused_vit/archive.py", "if size is None:", "if True:",
+           f"{EMBED}::test_shards_partition_the_work_exactly"),
+    Mutant("a manifest in its place at once", "fused_vit/shards.py", "os.link(unfinished, manifest)",
+           "manifest.touch() or os.link(unfinished, manifest)",
+           f"{EMBED}::test_killed_anywhere_a_second_run_completes_and_a_third_does_nothing"),
+    Mutant("a shard in its place at once", "fused_vit/shards.py", 'unfinished = self.path / f"_{name}.tmp"',
+           "unfinished = self.path / name",
+           f"{EMBED}::test_killed_anywhere_a_second_run_completes_and_a_third_does_nothing"),
+    Mutant("a changed file passes", "fused_vit/archive.py", "elif size != record.size:", "elif False:",
+           f"{EMBED}::test_new_files_are_added_and_changed_ones_are_refused"),
+    Mutant("encoders mix", "fused_vit/shards.py", 'if "encoder" in differs:', "if False:",
+           f"{EMBED}::test_a_folder_of_another_encoder_or_of_other_options_is_refused"),
+    Mutant("two runs of one share", "fused_vit/shards.py", "fcntl.flock(lock,", "(lambda *_: None)(lock,",
+           f"{EMBED}::test_two_runs_of_one_share_are_refused"),
+    Mutant("an image takes its batch along", "fused_vit/embedding.py", "if len(members) == 1:", "if members:",
+           f"{EMBED}::test_an_image_that_cannot_be_encoded_costs_its_batch_nothing"),
+    Mutant("workers outlive a killed run", "fused_vit/preparing.py", "    os._exit(1)", "    pass",
+           f"{EMBED}::test_a_killed_run_leaves_no_process_and_no_work_undone"),
+    Mutant("what was done is lost in an error", "fused_vit/archive.py", "        writer.close()\n        embedder",
+           "        embedder", f"{EMBED}::test_what_was_done_before_an_error_is_kept"),
+    Mutant("torchrun unseen", "fused_vit/archive.py", "if text is None and rank and world:", "if False:",
+           f"{EMBED}::test_torchrun_needs_no_option"),
+    Mutant("results out of order", "fused_vit/embedding.py", "results[one.number] = one.embedding",
+           "results[results.index(None)] = one.embedding",
+           f"{ENCODE}::test_many_images_of_any_form_come_back_in_order"),
+    Mutant("batches too full", "fused_vit/embedding.py", "if tokens + one.tokens <=", "if tokens <=",
+           f"{ENCODE}::test_batches_are_filled_largest_first_and_never_over"),
+    Mutant("a table unproven", "fused_vit/preparing.py", "return table if proven and", "return table if",
+           f"{ENCODE}::test_a_processor_that_does_more_than_map_bytes_is_taken_as_it_is"),
+    Mutant("a lone image waits", "fused_vit/embedding.py", "            yield None\n            found = ready.get()",
+           "            found = ready.get()", f"{ENCODE}::test_a_lone_image_does_not_wait_for_others"),
+    Mutant("the first channel's table", "fused_vit/preparing.py", "[:, None] * 256", "[:, None] * 0",
+           f"{ENCODE}::test_bytes_and_a_table_are_the_processors_own_numbers"),
     # --- weights ---
     Mutant("the norm's bias skipped", "weights/fold.py", "shift + weight @ beta", "shift",
            f"{FOLD}::test_layer_norm_folds_into_the_next_matmul"),

@@ -1,0 +1,515 @@
+"""Embedding: a stream of prepared images through an encoder in full batches, the device fed ahead and read behind.
+
+What is prepared gathers in a pool of a few batches; a batch takes the largest images first and fills up with whatever
+still fits. While one batch runs, the next is copied to the device on a stream of its own, and the last one back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from .buckets import Bucket
+from .calls import Grid
+from .errors import InputError
+from .images import processor
+from .output import VisionOutput
+from .packing import Item, items
+from .preparing import Part, Prepared, Preparer, Sent, Workers, look_up, received
+from .spec import TowerSpec
+
+Pool = Literal["mean"]
+POOLS = ("mean",)
+AHEAD = 4  # batches' worth of patches that may gather: from so many, full batches can be chosen
+SLOTS = 2  # of pinned memory and of the device's: one is filled while the other is read
+
+
+class Tower(Protocol):
+    """What an encoder is asked for here."""
+
+    spec: TowerSpec
+    device: torch.device
+    dtype: torch.dtype
+    buckets: tuple[Bucket, ...]
+
+    def __call__(self, pixel_values: torch.Tensor, grid_thw: Grid | None = None) -> VisionOutput: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """One image's result on the CPU: merged rows [rows, out] in the encoder's dtype, or pooled, fp32 [out].
+
+    Kimi's rows without their projector are [rows, patches, width]; pooled they are [patches * width].
+    """
+
+    source: Any
+    number: int
+    grid: tuple[int, int, int]  # frames of all its clips or tiles, height and width in patches
+    rows: int
+    embedding: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """One image and why it has no result."""
+
+    source: Any
+    number: int
+    reason: str
+
+
+@dataclass(slots=True)
+class Times:
+    """Where a run's seconds went: start, until an image was prepared, then wall. decode, prepare: of all workers."""
+
+    decode: float = 0.0
+    prepare: float = 0.0
+    wait: float = 0.0
+    copy: float = 0.0
+    encode: float = 0.0
+    write: float = 0.0
+    start: float = 0.0
+    wall: float = 0.0
+    workers: int = 1
+    images: int = 0
+    batches: int = 0
+    patches: int = 0
+
+    def shares(self) -> dict[str, float]:
+        """How much of the run each stage was busy; 1 is all of it."""
+        wall = max(self.wall, 1e-9)
+        seconds = {
+            "decode": self.decode / self.workers, "preprocess": self.prepare / self.workers, "copy": self.copy,
+            "encode": self.encode, "write": self.write,
+        }  # fmt: skip
+        return {name: each / wall for name, each in seconds.items()}
+
+    def bound(self) -> str:
+        """What bounded the run, in one sentence."""
+        shares = self.shares()
+        workers = shares["decode"] + shares["preprocess"]
+        listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        busy = f"busy: {listed} of {self.wall:.1f} s ({self.workers} workers)"
+        stages = {"copy": shares["copy"], "encode": shares["encode"], "write": shares["write"], "workers": workers}
+        name = max(stages, key=lambda stage: stages[stage])
+        if stages[name] < 0.5:
+            return f"nothing bounded the run for long, it was short or its parts took turns; {busy}"
+        if name == "workers":
+            name = max(("decode", "preprocess"), key=lambda stage: shares[stage])
+            return f"bounded by {name}, so more --workers on more cores would help; {busy}"
+        return f"bounded by {name}; {busy}"
+
+
+# --- batches ---
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ready:
+    """An image that waits in the pool for its batch."""
+
+    part: Part
+    pixels: torch.Tensor
+    found: list[Item]
+    tokens: int
+    segments: int
+
+
+@dataclass(slots=True)
+class _Batch:
+    """A batch under way: its images, its results and the events of what the device does."""
+
+    members: list[_Ready]
+    results: torch.Tensor | None = None  # [images, out] where they are pooled, else [rows, out]
+    rows: list[int] = field(default_factory=list)  # of every image
+    events: list[torch.cuda.Event] = field(default_factory=list)  # begin and end of the copy, then of encoding
+    fetched: torch.cuda.Event | None = None
+
+
+class Embedder:
+    """An encoder and how it is fed. One run at a time."""
+
+    def __init__(
+        self, vit: Tower, table: torch.Tensor | None, *, pool: Pool | None = None, batch_tokens: int | None = None
+    ) -> None:
+        """table: of a Preparer. batch_tokens: patches of a batch, default those of the largest bucket."""
+        if pool is not None and pool not in POOLS:
+            raise InputError(f"pool is {pool!r}; expected None, for all rows, or 'mean'")
+        if batch_tokens is not None and batch_tokens < 1:
+            raise InputError(f"batch_tokens is {batch_tokens}; expected a positive number of patches")
+        self.vit, self.pool = vit, pool
+        largest = vit.buckets[-1]
+        self.budget = batch_tokens or largest.tokens
+        self.segments = largest.segments * -(-self.budget // largest.tokens)
+        self.table = None if table is None else table.to(vit.device, vit.dtype)
+        self.times = Times()
+        self.cuda = vit.device.type == "cuda"
+        self.depth = SLOTS if self.cuda else 0  # batches under way before the first is waited for
+        self._counted: float | None = None  # until when the wall's time is counted
+        self._ready: dict[torch.dtype, list[_Ready]] = {}
+        self._slots = [_Slot(vit) for _ in range(SLOTS)] if self.cuda else []
+        self._back = torch.cuda.Stream(vit.device) if self.cuda else None
+
+    def run(self, prepared: Iterable[Prepared | None]) -> Iterator[Embedded | Failed]:
+        """Results as they are done, in no particular order. None in `prepared`: do not wait for more."""
+        under_way: deque[_Batch] = deque()
+        source = iter(prepared)
+        begin, done = time.perf_counter(), object()
+        self._counted = None
+        try:
+            while True:
+                start = time.perf_counter()
+                found = next(source, done)
+                if self._counted is None:
+                    self._counted = time.perf_counter()
+                    self.times.start += self._counted - begin
+                else:
+                    self.times.wait += time.perf_counter() - start
+                if isinstance(found, Prepared):
+                    yield from self._gather(found)
+                idle = not isinstance(found, Prepared)
+                while batch := self._take(flush=idle):
+                    under_way.append((yield from self._started(batch)))
+                    while len(under_way) > self.depth:
+                        yield from self._finished(under_way.popleft())
+                while under_way and idle:
+                    yield from self._finished(under_way.popleft())
+                if found is done:
+                    return
+        finally:
+            self._ready.clear()
+            self._count_wall()
+
+    def _count_wall(self) -> None:
+        if self._counted is not None:
+            now = time.perf_counter()
+            self.times.wall += now - self._counted
+            self._counted = now
+
+    def _gather(self, prepared: Prepared) -> Iterator[Failed]:
+        self.times.decode += prepared.decode_seconds
+        self.times.prepare += prepared.prepare_seconds
+        for part, pixels in prepared.split():
+            reason = part.reason
+            if reason is None:
+                try:
+                    found = items(self.vit.spec, part.grid, part.patches)
+                    ready = _Ready(part, pixels, found, sum(i.rows for i in found), sum(i.segments for i in found))
+                    self._ready.setdefault(pixels.dtype, []).append(ready)
+                    continue
+                except InputError as error:
+                    reason = str(error)
+            yield Failed(part.source, part.number, reason)
+
+    def _take(self, flush: bool) -> list[_Ready]:
+        """The images of the next batch; none as long as more may come and the pool is not full."""
+        for waiting in self._ready.values():  # bytes and numbers never share a batch
+            if waiting and (flush or sum(one.tokens for one in waiting) >= AHEAD * self.budget):
+                waiting.sort(key=lambda one: -one.tokens)
+                batch, left = [waiting.pop(0)], []
+                tokens, segments = batch[0].tokens, batch[0].segments
+                for one in waiting:
+                    if tokens + one.tokens <= self.budget and segments + one.segments <= self.segments:
+                        batch.append(one)
+                        tokens, segments = tokens + one.tokens, segments + one.segments
+                    else:
+                        left.append(one)
+                waiting[:] = left
+                return batch
+        return []
+
+    def _started(self, members: list[_Ready]) -> Generator[Embedded | Failed, None, _Batch]:
+        """Launch a batch. One that fails is tried image by image, so that a bad one costs nobody else a result."""
+        try:
+            return self._launch(members)
+        except (InputError, torch.OutOfMemoryError) as error:
+            if len(members) == 1:
+                part = members[0].part
+                yield Failed(part.source, part.number, " ".join(str(error).split()))
+                return _Batch([])
+        for one in members:
+            batch = yield from self._started([one])
+            yield from self._finished(batch)
+        return _Batch([])
+
+    def _launch(self, members: list[_Ready]) -> _Batch:
+        batch = _Batch(members)
+        grid = [row for one in members for row in one.part.grid]
+        start = time.perf_counter()
+        if not self.cuda:
+            pixels = torch.cat([one.pixels for one in members])
+            self.times.copy += time.perf_counter() - start
+            start = time.perf_counter()
+            batch.results = self._encode(pixels, grid, batch)
+            self.times.encode += time.perf_counter() - start
+        else:
+            with torch.cuda.device(self.vit.device):
+                slot = self._slots[0]
+                self._slots.reverse()
+                pixels = slot.fill([one.pixels for one in members], batch.events)
+                self.times.copy += time.perf_counter() - start
+                batch.events.append(_event())
+                try:
+                    results = self._encode(pixels, grid, batch)
+                finally:
+                    slot.free.record()
+                batch.events.append(_event())
+                batch.results, batch.fetched = self._fetch(results)
+        self.times.batches += 1
+        self.times.patches += sum(one.tokens for one in members)
+        return batch
+
+    def _encode(self, pixels: torch.Tensor, grid: list[list[int]], batch: _Batch) -> torch.Tensor:
+        if pixels.dtype == torch.uint8:
+            assert self.table is not None, "bytes come from a Preparer that has a table"
+            pixels = look_up(pixels, self.table)
+        output = self.vit(pixels, grid)
+        parts = iter(output.split())
+        images = [[next(parts) for _ in one.part.grid] for one in batch.members]
+        batch.rows = [sum(map(len, tiles)) for tiles in images]
+        if self.pool is None:
+            return output.last_hidden_state if output.pooler_output is None else output.pooler_output
+        whole = [tiles[0] if len(tiles) == 1 else torch.cat(tiles) for tiles in images]
+        return torch.stack([rows.flatten(1).mean(0, dtype=torch.float32) for rows in whole])
+
+    def _fetch(self, results: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+        """A copy in pinned memory, and when it is there."""
+        assert self._back is not None
+        self._back.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._back):
+            results.record_stream(self._back)
+            host = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
+            host.copy_(results, non_blocking=True)
+            return host, _event()
+
+    def _finished(self, batch: _Batch) -> Iterator[Embedded]:
+        if batch.results is None:
+            return
+        if batch.fetched is not None:
+            batch.fetched.synchronize()
+            copied, encoded = batch.events[:2], batch.events[2:]
+            self.times.copy += copied[0].elapsed_time(copied[1]) / 1e3
+            self.times.encode += encoded[0].elapsed_time(encoded[1]) / 1e3
+        self.times.images += len(batch.members)
+        self._count_wall()
+        results = batch.results if self.pool else batch.results.split(batch.rows)
+        for one, rows, result in zip(batch.members, batch.rows, results, strict=True):
+            grid = one.part.grid
+            whole = (sum(t for t, _, _ in grid), grid[0][1], grid[0][2])
+            # pinned memory is for the next batch, and a view of a batch would keep all of it
+            yield Embedded(one.part.source, one.part.number, whole, rows, result.clone())
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+class _Slot:
+    """Pinned memory and the device's for one batch of pixels; grows to the largest batch it has met."""
+
+    def __init__(self, vit: Tower) -> None:
+        self.vit = vit
+        self.stream = torch.cuda.Stream(vit.device)
+        self.free = torch.cuda.Event()  # the encoder has read the device's
+        self.copied: torch.cuda.Event | None = None
+        self.host = self.device = torch.empty(0, dtype=torch.uint8)
+
+    def fill(self, pixels: Sequence[torch.Tensor], events: list[torch.cuda.Event]) -> torch.Tensor:
+        """Pixels of a batch [patches, features] on the device, for the current stream; two events about the copy."""
+        if self.copied is not None:
+            self.copied.synchronize()  # the last copy has read the pinned memory
+        rows, features, dtype = sum(len(p) for p in pixels), pixels[0].shape[1], pixels[0].dtype
+        size = rows * features * dtype.itemsize
+        if self.host.numel() < size:
+            self.free.synchronize()
+            self.host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            self.device = torch.empty(size, dtype=torch.uint8, device=self.vit.device)
+            self.stream.wait_stream(torch.cuda.current_stream())  # whose work may still use that memory
+        host, device = (buffer[:size].view(dtype).view(rows, features) for buffer in (self.host, self.device))
+        torch.cat(list(pixels), out=host)
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(self.free)
+            events.append(_event())
+            device.copy_(host, non_blocking=True)
+            self.copied = _event()
+        events.append(self.copied)
+        torch.cuda.current_stream().wait_event(self.copied)
+        return device
+
+
+# --- for callers in Python ---
+
+
+def default_workers(processes: int = 1) -> int:
+    """Cores of this process that are not its own, shared with as many processes like it; at most 32."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(32, cores // max(1, processes) - 1))
+
+
+def _preparer(vit: Tower, source: Any) -> Preparer:
+    found = processor(vit.spec, source) if isinstance(source, (str, Path)) else source
+    if not callable(found):
+        raise InputError(
+            f"processor is {type(source).__name__}; expected a checkpoint's path or hub id, or its image processor "
+            "(fused_vit.images.processor)"
+        )
+    return Preparer(vit.spec, found, dtype=vit.dtype)
+
+
+def encode(
+    vit: Tower,
+    images: Any,
+    *,
+    processor: Any,
+    pool: Pool | None = None,
+    batch_tokens: int | None = None,
+    convert_to_numpy: bool = False,
+    show_progress_bar: bool = False,
+    workers: int | None = None,
+) -> Any:
+    """See FusedViT.encode."""
+    single = isinstance(images, (str, Path, bytes)) or not isinstance(images, Iterable) or _is_picture(images)
+    wanted = [images] if single else list(images)
+    results: list[Any] = [None] * len(wanted)
+    embedder = Embedder(vit, (prepare := _preparer(vit, processor)).table, pool=pool, batch_tokens=batch_tokens)
+    with Workers(prepare, workers or default_workers(), threads=True) as pool_of_workers:
+        found = embedder.run(pool_of_workers.run(wanted))
+        for one in _bar(found, len(wanted)) if show_progress_bar else found:
+            if isinstance(one, Failed):
+                raise InputError(f"image {one.number}: {one.reason}")
+            results[one.number] = one.embedding
+    if convert_to_numpy:
+        results = [_numpy(result) for result in results]
+    if single:
+        return results[0]
+    if pool is None or not results:
+        return results
+    if convert_to_numpy:
+        import numpy as np
+
+        return np.stack(results)
+    return torch.stack(results)
+
+
+def _is_picture(images: Any) -> bool:
+    return hasattr(images, "convert") or getattr(images, "ndim", 0) == 3
+
+
+def _numpy(tensor: torch.Tensor) -> Any:
+    """numpy has no bfloat16."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _bar(found: Iterator[Embedded | Failed], total: int) -> Iterator[Embedded | Failed]:
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(found, "encoding", total, console=Console(stderr=True))
+
+
+async def stream(
+    vit: Tower,
+    images: Iterable[Any] | AsyncIterable[Any],
+    *,
+    processor: Any,
+    pool: Pool | None = None,
+    batch_tokens: int | None = None,
+    workers: int | None = None,
+) -> AsyncIterator[tuple[int, torch.Tensor | InputError]]:
+    """See FusedViT.stream."""
+    prepare = _preparer(vit, processor)
+    embedder = Embedder(vit, prepare.table, pool=pool, batch_tokens=batch_tokens)
+    count = workers or default_workers()
+    loop = asyncio.get_running_loop()
+    ready: queue.SimpleQueue[Prepared | BaseException | None] = queue.SimpleQueue()  # None: no more will come
+    results: asyncio.Queue[Embedded | Failed | BaseException | None] = asyncio.Queue()
+    closed = threading.Event()
+    room = asyncio.Semaphore(4 * count + 32)  # of images under way, so that a caller cannot run ahead for ever
+
+    def tell(value: Embedded | Failed | BaseException | None) -> None:
+        loop.call_soon_threadsafe(results.put_nowait, value)
+
+    def encode_what_comes() -> None:
+        try:
+            for result in embedder.run(_arriving(ready)):
+                if closed.is_set():
+                    return
+                tell(result)
+            tell(None)
+        except BaseException as error:
+            tell(error)
+
+    def prepared(future: Future[Prepared | Sent]) -> None:
+        if not future.cancelled():
+            ready.put(future.exception() or received(future.result()))
+
+    async def feed(pool_of_workers: Workers) -> None:
+        waiting: list[asyncio.Future[Prepared | Sent]] = []
+        try:
+            number = 0
+            async for image in _each(images):
+                await room.acquire()
+                future = pool_of_workers.submit([(number, image)])
+                future.add_done_callback(prepared)
+                waiting = [f for f in waiting if not f.done()] + [asyncio.wrap_future(future)]
+                number += 1
+            await asyncio.gather(*waiting, return_exceptions=True)
+        except Exception as error:
+            ready.put(error)
+        finally:
+            ready.put(None)
+
+    thread = threading.Thread(target=encode_what_comes, name="fused-vit-stream", daemon=True)
+    with Workers(prepare, count, threads=True) as pool_of_workers:
+        thread.start()
+        feeder = asyncio.ensure_future(feed(pool_of_workers))
+        try:
+            while (result := await results.get()) is not None:
+                if isinstance(result, BaseException):
+                    raise result
+                room.release()
+                if isinstance(result, Failed):
+                    yield result.number, InputError(f"image {result.number}: {result.reason}")
+                else:
+                    yield result.number, result.embedding
+        finally:
+            closed.set()
+            feeder.cancel()
+            ready.put(None)
+            await asyncio.to_thread(thread.join)
+
+
+def _arriving(ready: queue.SimpleQueue[Prepared | BaseException | None]) -> Iterator[Prepared | None]:
+    """What workers have prepared, and None before every wait: a batch takes what came while the last one ran."""
+    while True:
+        try:
+            found = ready.get_nowait()
+        except queue.Empty:
+            yield None
+            found = ready.get()
+        if found is None:
+            return
+        if isinstance(found, BaseException):
+            raise found
+        yield found
+
+
+async def _each(images: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
+    if isinstance(images, AsyncIterable):
+        async for image in images:
+            yield image
+    else:
+        for image in images:
+            yield image

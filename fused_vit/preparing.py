@@ -1,0 +1,314 @@
+"""Preparing: records to pixels and grids, in worker processes or threads, so that the encoder never waits for one core.
+
+A worker hands over what the Hugging Face processor makes, with one shortcut: where the processor does nothing after
+resizing but map bytes to numbers, its bytes travel, a quarter of the size, and the device looks the numbers up. That
+this gives the processor's own bits is tried out first, on a picture with every byte in it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing  # lets tensors travel between processes through shared memory
+
+from .calls import call_of, flatten_call
+from .errors import FusedVitError, InputError
+from .images import decode_image, read_image
+from .sources import Record, read
+from .spec import TowerSpec
+from .videos import prepare_video, read_video
+
+TASK_BYTES, TASK_IMAGES = 1 << 24, 32  # that a worker hands over at once: handing over costs about a millisecond
+Grid = list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One image's place among what was prepared with it, or why it has none. grid: a row for every tile or clip."""
+
+    source: Any  # what was given: a Record, a path, an image
+    number: int  # its place in what was asked for
+    grid: Grid = field(default_factory=list)
+    reason: str | None = None
+
+    @property
+    def patches(self) -> int:
+        return sum(t * h * w for t, h, w in self.grid)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Images and their pixels [patches, features], one after the other: floats, or bytes that `Preparer.table` maps."""
+
+    parts: list[Part]
+    pixels: torch.Tensor
+    decode_seconds: float
+    prepare_seconds: float
+
+    def split(self) -> Iterator[tuple[Part, torch.Tensor]]:
+        begin = 0
+        for part in self.parts:
+            yield part, self.pixels[begin : begin + part.patches]
+            begin += part.patches
+
+
+class Preparer:
+    """What a worker does, and all that it needs for it: it is sent to every process once."""
+
+    def __init__(self, spec: TowerSpec, image: Any, video: Any = None, dtype: torch.dtype = torch.float32) -> None:
+        """image, video: Hugging Face's processors; video only where there are any. dtype: of numbers, the encoder's."""
+        self.spec, self.image, self.video, self.dtype = spec, image, video, dtype
+        self.table = byte_table(spec, image)
+
+    def __call__(self, numbered: Sequence[tuple[int, Any]]) -> Prepared:
+        """Prepare images: records, paths, PIL images, or arrays and tensors [height, width, 3] of bytes."""
+        parts, pixels, decoded, prepared = [], [], 0.0, 0.0
+        for number, source in numbered:
+            start = middle = time.perf_counter()
+            try:
+                image = self._decode(source)
+                middle = time.perf_counter()
+                rows, grid = self._prepare(image)
+                parts.append(Part(source, number, grid))
+                pixels.append(rows)
+            except ImportError:
+                raise  # nothing that another image would change
+            except Exception as error:  # ours, and whatever a processor stumbles over
+                parts.append(Part(source, number, reason=_reason(source, error)))
+            end = time.perf_counter()
+            middle = middle if middle > start else end
+            decoded, prepared = decoded + middle - start, prepared + end - middle
+        kinds = {rows.dtype for rows in pixels}
+        if len(kinds) > 1:  # photographs as bytes beside videos in floats
+            pixels = [self._numbers(rows) for rows in pixels]
+        empty = torch.empty(0, self.spec.patch.features, dtype=self.dtype)
+        return Prepared(parts, torch.cat(pixels) if pixels else empty, decoded, prepared)
+
+    def _decode(self, source: Any) -> Any:
+        if not isinstance(source, Record):
+            return as_image(source)
+        data = read(source)
+        if source.video:
+            return read_video(data, source.key, self.video)
+        return decode_image(data, source.key) if isinstance(data, bytes) else read_image(data)
+
+    def _prepare(self, image: Any) -> tuple[torch.Tensor, Grid]:
+        if isinstance(image, tuple):
+            call, raw = prepare_video(self.video, *image), False
+        else:
+            raw = self.table is not None
+            call = call_of(self.image(images=[image], return_tensors="pt", **(RAW if raw else {})))
+        rows, grid = flatten_call(self.spec, *call)
+        return rows.to(torch.uint8 if raw else self.dtype), grid  # whatever type the processor keeps bytes in
+
+    def _numbers(self, rows: torch.Tensor) -> torch.Tensor:
+        return look_up(rows, self.table.to(self.dtype)) if rows.dtype == torch.uint8 else rows  # type: ignore[union-attr]
+
+
+def _reason(source: Any, error: Exception) -> str:
+    name = source.key if isinstance(source, Record) else source if isinstance(source, (str, Path)) else ""
+    file = source.file if isinstance(source, Record) else ""
+    if isinstance(error, MemoryError):
+        return "not enough memory to decode it"
+    text = getattr(error, "strerror", None) or str(error)
+    text = " ".join(text.removeprefix(f"{name}: ").removeprefix(f"{file}: ").split())
+    return text if isinstance(error, (ValueError, OSError)) and text else f"{type(error).__name__}: {text}"
+
+
+def as_image(source: Any) -> Any:
+    """A PIL image in RGB of a path, a file's bytes, a PIL image, or uint8 [height, width, 3]. Raises InputError."""
+    from PIL import Image
+
+    if isinstance(source, (str, Path)):
+        return read_image(source)
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    if isinstance(source, bytes):
+        return decode_image(source, "an image in bytes")
+    array = source.cpu().numpy() if isinstance(source, torch.Tensor) else source
+    if getattr(array, "ndim", 0) != 3 or array.shape[-1] != 3 or str(array.dtype) != "uint8":
+        got = f"{array.dtype} {list(array.shape)}" if hasattr(array, "shape") else type(source).__name__
+        raise InputError(
+            f"an image is {got}; expected a path, a file's bytes, a PIL image, or uint8 [height, width, 3]"
+        )
+    return Image.fromarray(array)
+
+
+# --- bytes instead of numbers ---
+
+RAW = {"do_rescale": False, "do_normalize": False}
+
+
+def byte_table(spec: TowerSpec, prepare: Any) -> torch.Tensor | None:
+    """fp32 [channels, 256]: the number that the processor makes of each byte; None where that is not all that it does.
+
+    Tried on a picture of noise, on one with every byte in every channel, of a size that the processor itself chose so
+    that it is left alone, and on the noise again.
+    """
+    import numpy as np
+
+    noise = np.random.default_rng(0).integers(0, 256, (397, 301, 3), dtype=np.uint8)
+    try:
+        first = _both_ways(spec, prepare, noise)
+        if first is None:
+            return None
+        _, h, w = first[2]
+        shades = (np.arange(256)[:, None] + np.array([0, 85, 170])).astype(np.uint8).reshape(16, 16, 3)
+        rows, columns = (np.arange(n * spec.patch.size) * 16 // (n * spec.patch.size) for n in (h, w))
+        second = _both_ways(spec, prepare, shades[rows][:, columns])
+    except (TypeError, ValueError):  # a processor that knows no such options
+        return None
+    if second is None:
+        return None
+    table = torch.full((spec.patch.channels, 256), torch.nan)
+    for channel, (values, numbers) in enumerate(zip(*(_channels(spec, t) for t in second[:2]), strict=True)):
+        table[channel].scatter_(0, values.flatten().long(), numbers.flatten())
+    proven = all(torch.equal(look_up(raw, table), plain) for raw, plain, _ in (first, second))
+    return table if proven and not table.isnan().any() else None
+
+
+def _both_ways(spec: TowerSpec, prepare: Any, picture: Any) -> tuple[torch.Tensor, torch.Tensor, list[int]] | None:
+    """Bytes, numbers and the first grid row of a picture; None where they are not that or lie otherwise."""
+    from PIL import Image
+
+    images = [Image.fromarray(picture)]
+    plain, grid = flatten_call(spec, *call_of(prepare(images=images, return_tensors="pt")))
+    raw, same = flatten_call(spec, *call_of(prepare(images=images, return_tensors="pt", **RAW)))
+    fits = torch.equal(raw.byte(), raw) and plain.dtype == torch.float32 and grid == same
+    return (raw.byte(), plain, grid[0]) if fits else None
+
+
+def _channels(spec: TowerSpec, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return rows.view(len(rows), spec.patch.channels, -1).unbind(1)
+
+
+def look_up(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """[patches, features] in the table's dtype, of bytes [patches, features] and a table [channels, 256]."""
+    channels = len(table)
+    first = torch.arange(channels, dtype=torch.int32, device=rows.device)[:, None] * 256
+    places = rows.view(len(rows), channels, -1).int().add_(first)
+    return table.flatten().index_select(0, places.flatten()).view(rows.shape)
+
+
+# --- workers ---
+
+_prepare: Preparer  # of a worker process
+
+
+def _begin(prepare: Preparer) -> None:
+    global _prepare
+    _prepare = prepare
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot say goodbye, and the pool's queue stays open as long as any worker lives."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
+
+
+def _work(numbered: Sequence[tuple[int, Any]]) -> Prepared:
+    return _prepare(numbered)
+
+
+Sent = tuple[Prepared, Any, torch.dtype]
+
+
+def _work_by_value(numbered: Sequence[tuple[int, Any]]) -> Sent:
+    """Pixels through the pipe: twice the copies, for machines without shared memory to speak of."""
+    prepared = _prepare(numbered)
+    pixels = prepared.pixels
+    return replace(prepared, pixels=torch.empty(0)), pixels.view(torch.uint8).numpy(), pixels.dtype
+
+
+def received(result: Prepared | Sent) -> Prepared:
+    if isinstance(result, Prepared):
+        return result
+    prepared, array, dtype = result
+    flat = torch.from_numpy(array.ravel()).view(dtype)  # an empty array's strides are no tensor's
+    return replace(prepared, pixels=flat.view(len(array), array.shape[1] // dtype.itemsize))
+
+
+def _shared_room() -> int:
+    """Bytes of shared memory that are free; a container often has 64 MiB in all."""
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return 0
+    return found.f_bavail * found.f_frsize
+
+
+class Workers:
+    """Processes (spawned: CUDA survives no fork) or threads that prepare; leave the `with` block and they are gone."""
+
+    def __init__(self, prepare: Preparer, count: int, *, threads: bool = False) -> None:
+        if count < 1:
+            raise InputError(f"workers is {count}; expected at least 1")
+        self.count, self.ahead = count, count + count // 2 + 1
+        self.pool: Executor
+        self.call: Callable[[Sequence[tuple[int, Any]]], Prepared | Sent]
+        if threads:
+            self.pool, self.call = ThreadPoolExecutor(count, "fused-vit-prepare"), prepare
+        else:
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(count, context, _begin, (prepare,))
+            self.call = _work if _shared_room() > 2 * self.ahead * TASK_BYTES else _work_by_value
+            self.pool.submit(_work, ())  # starts them all, while the encoder is being made ready
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, numbered: Sequence[tuple[int, Any]]) -> Future[Prepared | Sent]:
+        return self.pool.submit(self.call, numbered)
+
+    def run(self, sources: Iterable[Any]) -> Iterator[Prepared]:
+        """Everything in `sources`, in the order in which it is done; at most half as many tasks wait as work.
+
+        Raises FusedVitError where a worker process died.
+        """
+        waiting = enumerate(sources)
+        pending: set[Future[Prepared | Sent]] = set()
+        size = 1
+        try:
+            while True:
+                while len(pending) < self.ahead and (task := list(islice(waiting, size))):
+                    pending.add(self.submit(task))
+                if not pending:
+                    return
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    prepared = received(future.result())
+                    size = _next_size(prepared)
+                    yield prepared
+        except BrokenProcessPool as error:
+            raise FusedVitError(
+                f"one of {self.count} worker processes died, as when memory or /dev/shm runs out: take fewer workers, "
+                "in a container more shared memory (docker: --ipc=host); the same command does the rest"
+            ) from error
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _next_size(prepared: Prepared) -> int:
+    each = max(1, prepared.pixels.nbytes // max(1, len(prepared.parts)))
+    return max(1, min(TASK_IMAGES, TASK_BYTES // each))

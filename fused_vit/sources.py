@@ -1,0 +1,263 @@
+"""Sources: what an archive holds, as records that any worker can read alone.
+
+Folders, globs, lists of files, WebDataset tars, Parquet files with a column of images, and videos. Listing reads names,
+headers and footers only; a record says where its bytes lie, so that nothing is read twice or in order.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import InputError
+
+IMAGES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
+VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv"}
+TAR, PARQUET, LIST = ".tar", ".parquet", ".txt"
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+ROWS = 64  # of a Parquet file that are decoded at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One image or video: a whole file, a tar's member at (offset, size), or a Parquet file's (row group, row)."""
+
+    key: str  # names it for ever: a path, tar/member, or file.parquet#row
+    index: int  # its place in the file that holds it
+    file: str
+    size: int  # bytes of its own file or member, or of the whole Parquet file: another size means another content
+    kind: Literal["file", "tar", "parquet"] = "file"
+    at: tuple[int, int] = (0, 0)
+    video: bool = False
+    column: str = ""
+
+    @property
+    def digest(self) -> int:
+        """64 bits of the key."""
+        return int.from_bytes(hashlib.blake2b(self.key.encode(), digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """What could not be listed or embedded, and why."""
+
+    key: str
+    reason: str
+    index: int = 0
+
+
+@dataclass(slots=True)
+class Listing:
+    """Everything that the sources hold, in an order that depends on nothing else; each key once."""
+
+    records: list[Record] = field(default_factory=list)
+    unread: list[Unread] = field(default_factory=list)
+    ignored: int = 0  # files of other kinds in folders
+    without: str = ""
+
+
+def find(sources: Sequence[str | Path], column: str | None = None, without: str | Path | None = None) -> Listing:
+    """List sources: folders (recursive), globs, .txt lists (a path a line), .tar, .parquet, images and videos.
+
+    column: of Parquet files, the one that holds images; by default the only one with bytes, or `image`.
+    without: a folder that is left out where another holds it, such as the one that results go to.
+    Raises InputError where a source does not exist; what is broken inside one is a row of `unread`.
+    """
+    listing, seen = Listing(without=os.path.realpath(without) if without else ""), set()
+    for source in sources:
+        for record in _expand(str(source), column, listing):
+            if record.key not in seen:
+                seen.add(record.key)
+                listing.records.append(record)
+    return listing
+
+
+def share(records: Sequence[Record], part: int, parts: int) -> Sequence[Record]:
+    """The part-th of `parts` consecutive shares, of equal lengths give or take one. Raises InputError."""
+    if not 0 <= part < parts:
+        raise InputError(f"shard is {part}/{parts}; expected i/n with 0 <= i < n, such as 0/8 for the first of eight")
+    return records[len(records) * part // parts : len(records) * (part + 1) // parts]
+
+
+def _expand(source: str, column: str | None, listing: Listing) -> Iterator[Record]:
+    if os.path.isdir(source):
+        for path in _walk(source, listing.without):
+            if _suffix(path) in IMAGES | VIDEOS | {TAR, PARQUET}:
+                yield from _file(path, column, listing)
+            else:
+                listing.ignored += 1
+    elif os.path.lexists(source):
+        if _suffix(source) == LIST:
+            for path in _lines(source):
+                yield from _file(path, column, listing)
+        else:
+            yield from _file(source, column, listing)
+    elif glob.has_magic(source):
+        found = sorted(glob.glob(source, recursive=True))
+        if not found:
+            raise InputError(f"{source}: matches nothing; expected a glob such as 'photos/**/*.jpg' (in quotes)")
+        for path in found:
+            yield from _expand(path, column, listing)
+    else:
+        raise InputError(f"{source}: no such file or folder")
+
+
+def _walk(folder: str, without: str) -> Iterator[str]:
+    """Files under a folder in sorted order, hidden ones left out; links to folders are not followed."""
+    for here, folders, files in os.walk(folder):
+        if os.path.realpath(here) == without:
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(here, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not text; expected a path a line in UTF-8") from error
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _file(path: str, column: str | None, listing: Listing) -> Iterator[Record]:
+    """Records of one file by its suffix; one without a known suffix is taken for an image."""
+    path = os.path.normpath(path)
+    try:
+        size = os.stat(path).st_size
+        if path.lower().endswith(COMPRESSED):
+            raise InputError("a compressed tar, whose members cannot be read one by one; decompress it first")
+        if _suffix(path) == TAR:
+            yield from _members(path)
+        elif _suffix(path) == PARQUET:
+            yield from _rows(path, size, column)
+        else:
+            yield Record(path, 0, path, size, video=_suffix(path) in VIDEOS)
+    except (OSError, tarfile.TarError, InputError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        listing.unread.append(Unread(path, " ".join(reason.split())))
+
+
+def _members(path: str) -> list[Record]:
+    found: list[Record] = []
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            kind = _suffix(member.name)
+            if member.isreg() and kind in IMAGES | VIDEOS:
+                at = (member.offset_data, member.size)
+                key = f"{path}/{member.name.removeprefix('./')}"
+                found.append(Record(key, len(found), path, member.size, "tar", at, kind in VIDEOS))
+    return found
+
+
+def _rows(path: str, size: int, column: str | None) -> list[Record]:
+    parquet = _parquet(path)
+    name = _column(path, parquet.schema_arrow, column)
+    rows = [n for g in range(parquet.num_row_groups) for n in ((g, r) for r in range(_length(parquet, g)))]
+    parquet.close()
+    return [Record(f"{path}#{i}", i, path, size, "parquet", at, column=name) for i, at in enumerate(rows)]
+
+
+def _length(parquet: Any, group: int) -> int:
+    length: int = parquet.metadata.row_group(group).num_rows
+    return length
+
+
+def _parquet(path: str) -> Any:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ImportError(f"Parquet needs pyarrow: pip install 'fused-vit[embed]' ({error})") from error
+    try:
+        return pq.ParquetFile(path)
+    except pa.ArrowException as error:
+        raise InputError(f"not a Parquet file that can be read ({error})") from error
+
+
+def _column(path: str, schema: Any, wanted: str | None) -> str:
+    """The column of images: bytes, a struct with `bytes` as Hugging Face datasets have it, or, if asked for, paths."""
+    import pyarrow.types as types
+
+    def holds(kind: Any) -> bool:
+        if types.is_struct(kind):
+            return any(one.name == "bytes" and holds(one.type) for one in kind)
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+    found = [one.name for one in schema if holds(one.type)]
+    if wanted is not None:
+        if wanted not in schema.names:
+            raise InputError(f"has no column {wanted!r}; its columns are {', '.join(schema.names)}")
+        kind = schema.field(wanted).type
+        if wanted not in found and not types.is_string(kind) and not types.is_large_string(kind):
+            raise InputError(f"column {wanted!r} is {kind}; expected bytes, a struct with bytes, or paths")
+        return wanted
+    if len(found) == 1 or "image" in found:
+        return "image" if "image" in found else found[0]
+    names = ", ".join(found or schema.names)
+    raise InputError(f"which column holds images is not clear from {names}; name it with --column")
+
+
+# --- reading, in whatever process ---
+
+
+def read(record: Record) -> bytes | str:
+    """The encoded bytes of a record, or the path of the file that is it. Raises InputError or OSError."""
+    if record.kind == "file":
+        return record.file
+    if record.kind == "tar":
+        offset, size = record.at
+        with open(record.file, "rb") as tar:
+            tar.seek(offset)
+            data = tar.read(size)
+        if len(data) < size:
+            raise InputError(f"{record.key}: the tar ends before it does")
+        return data
+    value = _rows_of(record.file, record.at[0], record.column).at(record.at[1])
+    beside = os.path.dirname(record.file)
+    if isinstance(value, dict):
+        name, value = value.get("path"), value["bytes"]
+        if value is None and name is not None:  # not asked for by --column, so it may not lead out
+            value = os.path.realpath(os.path.join(beside, name))
+            if not Path(value).is_relative_to(os.path.realpath(beside)):
+                raise InputError(f"{record.key}: no bytes, and its path leads out of the file's folder")
+    if value is None:
+        raise InputError(f"{record.key}: null")
+    return os.path.join(beside, value) if isinstance(value, str) else bytes(value)
+
+
+class _RowGroup:
+    """Rows of one column of a row group, read forward in small pieces: a row group may be larger than memory."""
+
+    def __init__(self, path: str, group: int, column: str) -> None:
+        self.arguments = (path, group, column)
+        self._begin()
+
+    def _begin(self) -> None:
+        path, group, column = self.arguments
+        batches = _parquet(path).iter_batches(ROWS, row_groups=[group], columns=[column])
+        self.batches: Iterable[Any] = iter(batches)
+        self.first, self.values = 0, None
+
+    def at(self, row: int) -> Any:
+        if row < self.first:
+            self._begin()
+        while self.values is None or row >= self.first + len(self.values):
+            self.first += 0 if self.values is None else len(self.values)
+            self.values = next(iter(self.batches)).column(0)
+        return self.values[row - self.first].as_py()
+
+
+@lru_cache(2)
+def _rows_of(path: str, group: int, column: str) -> _RowGroup:
+    return _RowGroup(path, group, column)

@@ -1,0 +1,359 @@
+"""FusedViT.encode and .stream: many images in, results in order or as they are done; Ray's class does the same."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import pickle
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fused_vit
+from fused_vit import preparing
+from fused_vit.calls import call_of, flatten_call
+from fused_vit.embedding import Embedder, Times
+from fused_vit.errors import InputError
+from fused_vit.images import processor, read_image
+from fused_vit.preparing import Preparer, Workers, byte_table, look_up
+from fused_vit.sources import find
+from tests import archives
+
+transformers = pytest.importorskip("transformers")
+Image = pytest.importorskip("PIL.Image")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return archives.checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def vit(checkpoint: Path) -> fused_vit.FusedViT:
+    return fused_vit.load(checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return archives.photographs(tmp_path_factory.mktemp("photos"), range(12))
+
+
+@pytest.fixture(scope="module")
+def wanted(vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path]) -> list[torch.Tensor]:
+    prepare = processor(vit.spec, checkpoint)
+    calls = [prepare(images=[read_image(path)], return_tensors="pt") for path in photos]
+    return [vit(call["pixel_values"], call["image_grid_thw"]).split()[0] for call in calls]
+
+
+def same(got: Any, want: list[torch.Tensor]) -> bool:
+    return len(got) == len(want) and all(
+        torch.allclose(torch.as_tensor(a), b, rtol=1e-4, atol=1e-5) for a, b in zip(got, want, strict=True)
+    )
+
+
+# --- encode ---
+
+
+def test_many_images_of_any_form_come_back_in_order(
+    vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path], wanted: list[torch.Tensor]
+) -> None:
+    assert same(vit.encode(photos, processor=checkpoint, batch_tokens=128), wanted)
+    prepare = processor(vit.spec, checkpoint)
+    opened = [Image.open(path) for path in photos[:3]]
+    mixed = [
+        str(photos[0]), opened[1], np.asarray(opened[2]), torch.tensor(np.asarray(opened[0])), photos[1].read_bytes(),
+    ]  # fmt: skip
+    assert same(vit.encode(mixed, processor=prepare, workers=2), [wanted[i] for i in (0, 1, 2, 0, 1)])
+    assert vit.encode([], processor=prepare) == []
+
+
+def test_one_image_comes_back_alone(
+    vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path], wanted: list[torch.Tensor]
+) -> None:
+    for image in (photos[0], str(photos[0]), Image.open(photos[0]), np.asarray(Image.open(photos[0]))):
+        alone = vit.encode(image, processor=checkpoint)
+        assert torch.equal(alone, wanted[0])
+    assert vit.encode(photos[0], processor=checkpoint, pool="mean").shape == (32,)
+
+
+def test_pooled_is_one_tensor_and_numpy_an_array(
+    vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path], wanted: list[torch.Tensor]
+) -> None:
+    pooled = vit.encode(photos, processor=checkpoint, pool="mean", show_progress_bar=True)
+    assert pooled.shape == (12, 32) and pooled.dtype == torch.float32
+    assert same(list(pooled), [rows.mean(0) for rows in wanted])
+    arrays = vit.encode(photos, processor=checkpoint, convert_to_numpy=True)
+    assert all(isinstance(array, np.ndarray) for array in arrays) and same(arrays, wanted)
+    assert isinstance(vit.encode(photos, processor=checkpoint, pool="mean", convert_to_numpy=True), np.ndarray)
+
+
+def test_sixteen_bits_come_back_as_they_are_and_to_numpy_exactly(checkpoint: Path, photos: list[Path]) -> None:
+    vit = fused_vit.load(checkpoint, device="cpu", dtype=torch.bfloat16)
+    rows = vit.encode(photos[:2], processor=checkpoint)
+    arrays = vit.encode(photos[:2], processor=checkpoint, convert_to_numpy=True)
+    assert all(r.dtype == torch.bfloat16 and np.array_equal(r.float(), a) for r, a in zip(rows, arrays, strict=True))
+    pooled = vit.encode(photos[:2], processor=checkpoint, pool="mean")
+    assert torch.equal(pooled, torch.stack([r.float().mean(0) for r in rows]))
+    batch = processor(vit.spec, checkpoint)(images=[read_image(photos[0])], return_tensors="pt")
+    assert torch.equal(
+        vit(batch["pixel_values"], batch["image_grid_thw"]).split()[0], vit.encode(photos[0], processor=checkpoint)
+    )
+
+
+def test_what_cannot_be_encoded_is_named(vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path]) -> None:
+    for images, message in (
+        ([photos[0], "absent.png"], "image 1: no such file"),
+        ([b"no image"], "image 0: .*not an image that can be read"),
+        ([np.zeros((4, 4))], r"image 0: an image is float64 \[4, 4\]; expected a path"),
+        ([photos[0], 3], "image 1: an image is int; expected a path"),
+    ):
+        with pytest.raises(InputError, match=message):
+            vit.encode(images, processor=checkpoint)
+    with pytest.raises(InputError, match="processor is int; expected a checkpoint's path"):
+        vit.encode(photos, processor=3)
+    with pytest.raises(InputError, match="pool is 'max'; expected None"):
+        vit.encode(photos, processor=checkpoint, pool="max")
+    assert same([vit.encode(photos[0], processor=checkpoint)], [vit.encode(photos, processor=checkpoint)[0]])
+
+
+def test_batches_are_filled_largest_first_and_never_over(
+    vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[list[int]] = []
+    real = Embedder._encode
+
+    def watched(self: Embedder, pixels: Any, grid: Any, batch: Any) -> torch.Tensor:
+        batches.append([one.tokens for one in batch.members])
+        return real(self, pixels, grid, batch)
+
+    monkeypatch.setattr(Embedder, "_encode", watched)
+    vit.encode(photos * 4, processor=checkpoint, batch_tokens=128)
+    assert all(sum(batch) <= 128 and batch == sorted(batch, reverse=True) for batch in batches)
+    assert sum(map(len, batches)) == 48
+    total = sum(map(sum, batches))
+    assert len(batches) <= 1.25 * -(-total // 128), "batches are a fifth empty"
+    batches.clear()
+    vit.encode(photos, processor=checkpoint, batch_tokens=5)
+    assert all(len(batch) == 1 or sum(batch) <= 5 for batch in batches)  # larger than the budget: alone
+
+
+# --- stream ---
+
+
+def test_results_stream_as_they_are_done(
+    vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path], wanted: list[torch.Tensor]
+) -> None:
+    async def collect() -> dict[int, Any]:
+        return {number: rows async for number, rows in vit.stream([*photos, b"no"], processor=checkpoint, workers=2)}
+
+    found = asyncio.run(collect())
+    assert same([found[i] for i in range(12)], wanted)
+    assert isinstance(found[12], InputError) and "image 12" in str(found[12])
+
+
+def test_a_lone_image_does_not_wait_for_others(
+    vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path], wanted: list[torch.Tensor]
+) -> None:
+    async def run() -> list[torch.Tensor]:
+        answered = asyncio.Event()
+        answered.set()
+
+        async def arriving() -> AsyncIterator[Path]:
+            for path in photos[:3]:
+                await asyncio.wait_for(answered.wait(), 5)  # the next comes only after the answer to the last
+                answered.clear()
+                yield path
+
+        found = []
+        async for _, rows in vit.stream(arriving(), processor=checkpoint):
+            found.append(rows)
+            answered.set()
+        return found
+
+    assert same(asyncio.run(run()), wanted[:3])
+
+
+def test_a_stream_that_nobody_reads_on_ends(vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path]) -> None:
+    before = threading.active_count()
+
+    async def run() -> int:
+        stream = vit.stream(photos * 50, processor=checkpoint, workers=2)
+        async for number, _ in stream:
+            await stream.aclose()
+            return number
+        return -1
+
+    assert asyncio.run(run()) >= 0
+    end = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.02)
+    assert threading.active_count() <= before
+
+
+def test_an_error_of_the_encoder_or_the_source_ends_the_stream(
+    vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def source() -> AsyncIterator[Path]:
+        yield photos[0]
+        raise LookupError("no more")
+
+    async def run(images: Any) -> list[Any]:
+        return [result async for result in vit.stream(images, processor=checkpoint)]
+
+    with pytest.raises(LookupError, match="no more"):
+        asyncio.run(run(source()))
+
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("the device went away")
+
+    monkeypatch.setattr(Embedder, "_encode", broken)
+    with pytest.raises(RuntimeError, match="went away"):
+        asyncio.run(run(photos))
+
+
+# --- preparing ---
+
+
+def test_bytes_and_a_table_are_the_processors_own_numbers(
+    vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path]
+) -> None:
+    prepare = processor(vit.spec, checkpoint)
+    table = byte_table(vit.spec, prepare)
+    assert table is not None and table.shape == (3, 256) and len(set(table[:, 7].tolist())) == 3
+    prepared = Preparer(vit.spec, prepare)([(0, photos[0]), (1, photos[1])])
+    assert prepared.pixels.dtype == torch.uint8
+    batch = prepare(images=[read_image(path) for path in photos[:2]], return_tensors="pt")
+    assert torch.equal(look_up(prepared.pixels, table), batch["pixel_values"])
+    assert [part.grid for part in prepared.parts] == [[row] for row in batch["image_grid_thw"].tolist()]
+
+
+def test_a_processor_that_does_more_than_map_bytes_is_taken_as_it_is(
+    vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path]
+) -> None:
+    real = processor(vit.spec, checkpoint)
+
+    class Sharpened:
+        def __call__(self, **options: Any) -> Any:
+            batch = real(**options)
+            pixels = batch["pixel_values"]
+            batch["pixel_values"] = pixels if "do_rescale" in options else pixels + 0.1 * pixels.roll(1, 1)
+            return batch
+
+    class Strict:
+        def __call__(self, images: Any, return_tensors: str) -> Any:
+            return real(images=images, return_tensors=return_tensors)
+
+    for prepare in (Sharpened(), Strict()):
+        assert byte_table(vit.spec, prepare) is None
+        call = call_of(prepare(images=[read_image(photos[0])], return_tensors="pt"))
+        pixels = Preparer(vit.spec, prepare)([(0, photos[0])]).pixels
+        assert torch.equal(pixels, flatten_call(vit.spec, *call)[0])
+
+
+def test_a_mixture_of_bytes_and_numbers_is_numbers(
+    vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = Preparer(vit.spec, processor(vit.spec, checkpoint))
+    (record,) = find([photos[0]]).records
+    clip = torch.rand(8, 1536)
+    monkeypatch.setattr(preparing, "read_video", lambda *_: (None, None))
+    monkeypatch.setattr(preparing, "prepare_video", lambda *_: (clip, torch.tensor([[2, 2, 2]])))
+    video = type(record)("clip.mp4", 0, "clip.mp4", 1, video=True)
+    prepared = prepare([(0, record), (1, video)])
+    assert prepared.pixels.dtype == torch.float32
+    first, second = (pixels for _, pixels in prepared.split())
+    assert torch.equal(second, clip) and torch.equal(first, look_up(prepare([(0, record)]).pixels, prepare.table))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pixels_go_through_the_pipe_where_shared_memory_is_small(
+    dtype: torch.dtype, vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = Preparer(vit.spec, processor(vit.spec, checkpoint), dtype=dtype)
+    for table in (prepare.table, None):
+        prepare.table = table
+        monkeypatch.setattr(preparing, "_prepare", prepare, raising=False)
+        sent = pickle.loads(pickle.dumps(preparing._work_by_value([(0, photos[0]), (1, b"no"), (2, photos[1])])))
+        want, got = prepare([(0, photos[0]), (2, photos[1])]), preparing.received(sent)
+        assert torch.equal(got.pixels, want.pixels) and got.pixels.dtype == want.pixels.dtype
+        assert [part.number for part in got.parts] == [0, 1, 2]
+    assert preparing.received(preparing._work_by_value([(0, b"no")])).pixels.shape == (0, 1536)
+
+
+def test_workers_prepare_a_bounded_number_ahead(vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path]) -> None:
+    taken: list[int] = []
+
+    def asked() -> Any:
+        for i in range(500):
+            taken.append(i)
+            yield photos[i % 12]
+
+    prepare = Preparer(vit.spec, processor(vit.spec, checkpoint))
+    with Workers(prepare, 2, threads=True) as workers:
+        found = workers.run(asked())
+        for _ in range(3):
+            next(found)
+        assert len(taken) <= 4 * preparing.TASK_IMAGES * 2
+        found.close()
+    with pytest.raises(InputError, match="workers is 0; expected at least 1"):
+        Workers(prepare, 0, threads=True)
+
+
+def test_what_bounded_a_run_is_said_from_its_times() -> None:
+    def said(**seconds: float) -> str:
+        return Times(wall=10, workers=4, **seconds).bound()
+
+    assert said(decode=30, prepare=8, encode=3).startswith("bounded by decode, so more --workers")
+    assert said(decode=8, prepare=30, encode=3).startswith("bounded by preprocess, so more --workers")
+    assert said(decode=8, prepare=3, encode=9, copy=4).startswith("bounded by encode; busy: decode 20%, preprocess 8%")
+    assert said(copy=8, encode=2).startswith("bounded by copy") and said(write=8).startswith("bounded by write")
+    assert said(encode=2).startswith("nothing bounded the run for long")
+
+
+# --- Ray ---
+
+
+def test_rays_class_keeps_other_columns_and_names_errors(
+    checkpoint: Path, photos: list[Path], wanted: list[torch.Tensor]
+) -> None:
+    from fused_vit.ray import Encoder
+
+    batch = {"bytes": np.array([p.read_bytes() for p in photos[:3]] + [b"no"], object), "id": np.arange(4)}
+    pooled = Encoder(str(checkpoint), device="cpu")(batch)
+    assert sorted(pooled) == ["embedding", "error", "id", "rows"] and pooled["id"].tolist() == [0, 1, 2, 3]
+    assert same(list(pooled["embedding"][:3]), [rows.mean(0) for rows in wanted[:3]])
+    assert np.isnan(pooled["embedding"][3]).all() and pooled["rows"].tolist()[3] == 0
+    assert pooled["error"][:3].tolist() == [""] * 3 and "not an image" in pooled["error"][3]
+    rows = Encoder(str(checkpoint), device="cpu", pool=None)(batch)
+    assert same(list(rows["embedding"][:3]), wanted[:3]) and rows["embedding"][3].shape == (0, 32)
+
+
+def test_a_folder_through_ray_data(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray", reason="ray is not installed: its wheels are 100 MB and CI leaves them out")
+    pytest.importorskip("ray.data")
+    from fused_vit.ray import Encoder
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        dataset = ray.data.read_binary_files(str(photos[0].parent), include_paths=True)
+        arguments = {"checkpoint": str(checkpoint), "device": "cpu", "workers": 1}
+        dataset = dataset.map_batches(
+            Encoder, fn_constructor_kwargs=arguments, batch_size=4, compute=ray.data.ActorPoolStrategy(size=2)
+        )
+        dataset.write_parquet(str(tmp_path / "out"))
+    finally:
+        ray.shutdown()
+        gc.collect()
+    import pyarrow.parquet as pq
+
+    found = {row["path"].rpartition("/")[2]: row for row in pq.read_table(tmp_path / "out").to_pylist()}
+    vit = fused_vit.load(checkpoint, device="cpu")
+    want = vit.encode(photos, processor=checkpoint, pool="mean")
+    assert same([found[path.name]["embedding"] for path in photos], list(want)), json.dumps(sorted(found))

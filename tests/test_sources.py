@@ -1,0 +1,162 @@
+"""What an archive holds is listed whole, once and in one order, and every record can be read alone."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fused_vit.errors import InputError
+from fused_vit.images import decode_image, read_image
+from fused_vit.sources import Record, find, read, share
+from tests.archives import data, photographs, picture, video
+
+Image = pytest.importorskip("PIL.Image")
+
+
+def pixels(record: Record) -> np.ndarray:
+    found = read(record)
+    return np.asarray(decode_image(found, record.key) if isinstance(found, bytes) else read_image(found))
+
+
+def same(records: list[Record], seeds: list[int]) -> bool:
+    return len(records) == len(seeds) and all(
+        np.array_equal(pixels(record), np.asarray(picture(seed))) for record, seed in zip(records, seeds, strict=True)
+    )
+
+
+def test_a_folder_is_listed_to_its_bottom_in_order_without_what_is_hidden(tmp_path: Path) -> None:
+    photographs(tmp_path, range(6))
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "a.png").write_bytes(data(9))
+    (tmp_path / ".b.png").write_bytes(data(9))
+    (tmp_path / "readme.md").write_text("no image")
+    (tmp_path / "UPPER.JPG").write_bytes(data(7))
+    listing = find([tmp_path])
+    assert [r.key.removeprefix(f"{tmp_path}/") for r in listing.records] == [
+        "000.png", "001.png", "003.png", "004.png", "UPPER.JPG", "below/002.png", "below/005.png",
+    ]  # fmt: skip
+    assert same(listing.records, [0, 1, 3, 4, 7, 2, 5]) and listing.ignored == 1 and not listing.unread
+
+
+def test_globs_lists_and_files_are_one_listing_in_which_each_comes_once(tmp_path: Path) -> None:
+    photographs(tmp_path, range(4))
+    names = tmp_path / "names.txt"
+    names.write_text(f"{tmp_path}/003.png\n\n  {tmp_path}/absent.png \n{tmp_path}/./000.png\n")
+    listing = find([f"{tmp_path}/**/00*.png", names, tmp_path / "001.png"])
+    assert same(listing.records, [0, 1, 3, 2])
+    assert [(u.key, u.reason) for u in listing.unread] == [(f"{tmp_path}/absent.png", "No such file or directory")]
+    with pytest.raises(InputError, match=r"no such file or folder"):
+        find([tmp_path / "absent.png"])
+    with pytest.raises(InputError, match=r"matches nothing; expected a glob"):
+        find([f"{tmp_path}/*.webp"])
+
+
+def test_a_webdataset_tar_is_read_member_by_member(tmp_path: Path) -> None:
+    wds = pytest.importorskip("webdataset")
+    with wds.TarWriter(str(tmp_path / "a.tar")) as sink:
+        for seed in range(5):
+            sample = {"__key__": f"deep/{seed:03d}", "txt": f"picture {seed}", "png": data(seed)}
+            sink.write(sample | ({"left.png": data(seed + 50)} if seed == 3 else {}))
+    records = find([tmp_path]).records
+    assert sorted(r.key.removeprefix(f"{tmp_path}/a.tar/deep/") for r in records) == [
+        "000.png", "001.png", "002.png", "003.left.png", "003.png", "004.png",
+    ]  # fmt: skip
+    by_name = {r.key.rpartition("/")[2]: r for r in records}
+    assert same([by_name[f"{s:03d}.png"] for s in range(5)] + [by_name["003.left.png"]], [0, 1, 2, 3, 4, 53])
+    assert sorted(r.index for r in records) == list(range(6))
+
+
+def test_broken_and_compressed_tars_are_rows_of_unread(tmp_path: Path) -> None:
+    (tmp_path / "broken.tar").write_bytes(b"no tar at all" * 100)
+    with tarfile.open(tmp_path / "good.tar.gz", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.png"), io.BytesIO())
+    photographs(tmp_path, [0])
+    listing = find([tmp_path, tmp_path / "good.tar.gz"])
+    assert same(listing.records, [0])
+    assert [u.key.rpartition("/")[2] for u in listing.unread] == ["broken.tar", "good.tar.gz"]
+    assert "decompress it" in listing.unread[1].reason
+
+
+def test_a_tar_that_was_cut_off_fails_where_it_ends(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for seed in range(2):
+            info = tarfile.TarInfo(f"{seed}.png")
+            info.size = len(data(seed))
+            tar.addfile(info, io.BytesIO(data(seed)))
+    records = find([tmp_path]).records
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[: records[1].at[0] + 100])
+    assert same(records[:1], [0])
+    with pytest.raises(InputError, match=r"1\.png: the tar ends before it does"):
+        read(records[1])
+
+
+@pytest.mark.parametrize("form", ["bytes", "struct", "large"])
+def test_parquet_rows_are_read_alone_and_in_any_order(form: str, tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    photographs(tmp_path / "files", [90])
+    values = [data(seed) for seed in range(200)] if form == "large" else [data(seed) for seed in range(7)]
+    if form == "struct":  # as Hugging Face datasets have it: bytes, a path beside the file, or nothing
+        structs = [{"bytes": value, "path": None} for value in values]
+        structs[3] = {"bytes": None, "path": "files/000.png"}
+        (tmp_path / "files" / "000.png").write_bytes(data(3))
+        image = pa.array([*structs, None], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    else:
+        image = pa.array(values, pa.large_binary() if form == "large" else pa.binary())
+    table = pa.table({"caption": ["x"] * len(image), "image": image})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1000 if form == "large" else 3)
+    records = find([tmp_path / "a.parquet"]).records
+    assert [r.index for r in records] == list(range(len(image))) and records[4].key == f"{tmp_path}/a.parquet#4"
+    order = [199, 3, 70, 0, 150] if form == "large" else [6, 0, 5, 1, 4, 2, 3]
+    assert same([records[i] for i in order], order)
+    if form == "struct":
+        with pytest.raises(InputError, match=r"a\.parquet#7: null"):
+            read(records[7])
+        structs[3]["path"] = "../../etc/hosts.png"
+        image = pa.array(structs, image.type)
+        pq.write_table(pa.table({"image": image}), tmp_path / "a.parquet")
+        with pytest.raises(InputError, match=r"a\.parquet#3: no bytes, and its path leads out"):
+            read(find([tmp_path / "a.parquet"]).records[3])
+
+
+def test_the_column_of_images_is_found_or_asked_for(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    photographs(tmp_path, [0])
+    table = pa.table({"left": [data(1)], "right": [data(2)], "path": ["000.png"], "n": [1]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    file = tmp_path / "a.parquet"
+    assert "not clear from left, right; name it with --column" in find([file]).unread[0].reason
+    assert same(find([file], "right").records, [2]) and same(find([file], "path").records, [0])
+    assert "'n' is int64; expected bytes" in find([file], "n").unread[0].reason
+    assert "no column 'x'; its columns are left" in find([file], "x").unread[0].reason
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 not really")
+    assert "not a Parquet file" in find([tmp_path / "b.parquet"]).unread[0].reason
+
+
+def test_videos_are_records_of_their_own_kind(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    photographs(tmp_path, [0])
+    video(tmp_path / "clip.mp4")
+    assert [(r.key.rpartition("/")[2], r.video) for r in find([tmp_path]).records] == [
+        ("000.png", False), ("clip.mp4", True),
+    ]  # fmt: skip
+
+
+@given(st.integers(0, 300), st.integers(1, 40))
+def test_shares_partition_whatever_their_number(count: int, parts: int) -> None:
+    records = [Record(str(i), 0, str(i), 0) for i in range(count)]
+    shares = [list(share(records, part, parts)) for part in range(parts)]
+    assert [record for one in shares for record in one] == records
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(("part", "parts"), [(-1, 2), (2, 2), (0, 0)])
+def test_a_share_that_is_none_is_refused(part: int, parts: int) -> None:
+    with pytest.raises(InputError, match="expected i/n"):
+        share([], part, parts)
