@@ -194,11 +194,11 @@ def _embed(
     job: Job, vit: FusedViT, prepare: Preparer, left: Sequence[Record], writer: _Writer, state: State, tell: Tell
 ) -> None:
     count = default_workers(job.processes) if job.workers is None else job.workers
-    embedder = Embedder(vit, prepare.table, pool=job.pool, batch_tokens=job.batch_tokens)
+    embedder = Embedder(vit, prepare.normalisation, pool=job.pool, batch_tokens=job.batch_tokens)
     try:
         if left:
             with Workers(prepare, max(1, min(count, len(left))), threads=count == 0) as workers:
-                vit.warmup()
+                embedder.for_bytes.warmup()
                 for result in embedder.run(workers.run(left)):
                     _take(result, writer, state)
                     state.seconds, encode = embedder.times.wall, embedder.times.encode

@@ -26,8 +26,9 @@ from .errors import InputError
 from .images import processor
 from .output import VisionOutput
 from .packing import Item, items
-from .preparing import Part, Prepared, Preparer, Sent, Workers, look_up, received
+from .preparing import Part, Prepared, Preparer, Sent, Workers, received
 from .spec import TowerSpec
+from .stills import Normalisation
 
 Pool = Literal["mean"]
 POOLS = ("mean",)
@@ -42,6 +43,10 @@ class Tower(Protocol):
     device: torch.device
     dtype: torch.dtype
     buckets: tuple[Bucket, ...]
+
+    def for_bytes(self, mean: tuple[float, ...], std: tuple[float, ...]) -> Tower: ...
+
+    def warmup(self) -> Any: ...
 
     def __call__(self, pixel_values: torch.Tensor, grid_thw: Grid | None = None) -> VisionOutput: ...
 
@@ -140,9 +145,9 @@ class Embedder:
     """An encoder and how it is fed. One run at a time."""
 
     def __init__(
-        self, vit: Tower, table: torch.Tensor | None, *, pool: Pool | None = None, batch_tokens: int | None = None
+        self, vit: Tower, bytes_as: Normalisation | None, *, pool: Pool | None = None, batch_tokens: int | None = None
     ) -> None:
-        """table: of a Preparer. batch_tokens: patches of a batch, default those of the largest bucket."""
+        """bytes_as: a Preparer's normalisation. batch_tokens: patches of a batch, default the largest bucket's."""
         if pool is not None and pool not in POOLS:
             raise InputError(f"pool is {pool!r}; expected None, for all rows, or 'mean'")
         if batch_tokens is not None and batch_tokens < 1:
@@ -151,7 +156,7 @@ class Embedder:
         largest = vit.buckets[-1]
         self.budget = batch_tokens or largest.tokens
         self.segments = largest.segments * -(-self.budget // largest.tokens)
-        self.table = None if table is None else table.to(vit.device, vit.dtype)
+        self.for_bytes = vit.for_bytes(*bytes_as) if bytes_as else vit
         self.times = Times()
         self.cuda = vit.device.type == "cuda"
         self.depth = SLOTS if self.cuda else 0  # batches under way before the first is waited for
@@ -270,10 +275,7 @@ class Embedder:
         return batch
 
     def _encode(self, pixels: torch.Tensor, grid: list[list[int]], batch: _Batch) -> torch.Tensor:
-        if pixels.dtype == torch.uint8:
-            assert self.table is not None, "bytes come from a Preparer that has a table"
-            pixels = look_up(pixels, self.table)
-        output = self.vit(pixels, grid)
+        output = (self.for_bytes if pixels.dtype == torch.uint8 else self.vit)(pixels, grid)
         parts = iter(output.split())
         images = [[next(parts) for _ in one.part.grid] for one in batch.members]
         batch.rows = [sum(map(len, tiles)) for tiles in images]
@@ -383,7 +385,7 @@ def encode(
     single = isinstance(images, (str, Path, bytes)) or not isinstance(images, Iterable) or _is_picture(images)
     wanted = [images] if single else list(images)
     results: list[Any] = [None] * len(wanted)
-    embedder = Embedder(vit, (prepare := _preparer(vit, processor)).table, pool=pool, batch_tokens=batch_tokens)
+    embedder = Embedder(vit, (prepare := _preparer(vit, processor)).normalisation, pool=pool, batch_tokens=batch_tokens)
     with Workers(prepare, workers or default_workers(), threads=True) as pool_of_workers:
         found = embedder.run(pool_of_workers.run(wanted))
         for one in _bar(found, len(wanted)) if show_progress_bar else found:
@@ -430,7 +432,7 @@ async def stream(
 ) -> AsyncIterator[tuple[int, torch.Tensor | InputError]]:
     """See FusedViT.stream."""
     prepare = _preparer(vit, processor)
-    embedder = Embedder(vit, prepare.table, pool=pool, batch_tokens=batch_tokens)
+    embedder = Embedder(vit, prepare.normalisation, pool=pool, batch_tokens=batch_tokens)
     count = workers or default_workers()
     loop = asyncio.get_running_loop()
     ready: queue.SimpleQueue[Prepared | BaseException | None] = queue.SimpleQueue()  # None: no more will come

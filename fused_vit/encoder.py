@@ -31,7 +31,7 @@ from .spec import TowerSpec
 from .stills import byte_patches, normalisation
 from .towers import find_tower, parse_config
 from .weights.checkpoint import Checkpoint
-from .weights.pack import Read, of_bytes, pack_tower
+from .weights.pack import Read, byte_weights, pack_tower
 from .workspace import Workspace
 
 logger = logging.getLogger("fused_vit")
@@ -141,7 +141,7 @@ class FusedViT:
         self._replays: Counter[Bucket] = Counter()
         self._asked: Counter[Bucket] = Counter()  # rows
         self._warned = False
-        self._of_bytes: dict[tuple[Sequence[float], Sequence[float]], FusedViT] = {}  # by mean and std
+        self._for_bytes: dict[tuple[Sequence[float], Sequence[float]], FusedViT] = {}  # by mean and std
         tile = self.tile if self.device.type == "cuda" else None
         self._batch = lru_cache(GRIDS)(partial(make_batch, spec, self.buckets, tile))
         self._views: WeakKeyDictionary[Pack, Views] = WeakKeyDictionary()
@@ -279,13 +279,20 @@ class FusedViT:
         self._check_usable()
         mean, std = normalisation(processor, self.spec.patch.channels)
         patches, grid = byte_patches(self.spec, processor, images, self.device)
+        return self.for_bytes(mean, std)(patches, grid)
+
+    def for_bytes(self, mean: tuple[float, ...], std: tuple[float, ...]) -> FusedViT:
+        """This tower for uint8 pixels [patches, channels * size * size] of stills, which it normalises itself.
+
+        It has its own graphs and workspace; the weights are shared. The next call with these numbers returns it again.
+        """
+        self._check_usable()
         with self._lock:
-            if (mean, std) not in self._of_bytes:
+            if (mean, std) not in self._for_bytes:
                 spec = replace(self.spec, patch=replace(self.spec.patch, bytes=True))
-                weights = of_bytes(self.spec, self.weights, mean, std)
-                self._of_bytes[mean, std] = FusedViT(spec, weights, buckets=self.buckets)
-            encoder = self._of_bytes[mean, std]
-        return encoder(patches, grid)
+                weights = byte_weights(self.spec, self.weights, mean, std)
+                self._for_bytes[mean, std] = FusedViT(spec, weights, buckets=self.buckets)
+            return self._for_bytes[mean, std]
 
     def encode(
         self,
@@ -485,9 +492,9 @@ class FusedViT:
             self.weights.clear()
             self._batch.cache_clear()
             self._views.clear()
-            for encoder in self._of_bytes.values():
+            for encoder in self._for_bytes.values():
                 encoder.close()
-            self._of_bytes.clear()
+            self._for_bytes.clear()
             self._workspace = self._oversize = None
 
     def _forked(self) -> bool:

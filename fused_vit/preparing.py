@@ -1,8 +1,8 @@
 """Preparing: records to pixels and grids, in worker processes or threads, so that the encoder never waits for one core.
 
 A worker hands over what the Hugging Face processor makes, with one shortcut: where the processor does nothing after
-resizing but map bytes to numbers, its bytes travel, a quarter of the size, and the device looks the numbers up. That
-this gives the processor's own bits is tried out first, on a picture with every byte in it.
+resizing but normalise, which is tried out first, the bytes of one frame travel, an eighth of the size of a still's
+numbers, to the tower for bytes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .errors import FusedVitError, InputError
 from .images import decode_image, read_image
 from .sources import Record, read
 from .spec import TowerSpec
+from .stills import BYTES, first_frames, proven_normalisation
 from .videos import prepare_video, read_video
 
 TASK_BYTES, TASK_IMAGES = 1 << 24, 32  # that a worker hands over at once: handing over costs about a millisecond
@@ -50,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Images and their pixels [patches, features], one after the other: floats, or bytes that `Preparer.table` maps."""
+    """Images and their pixels, one after the other: floats [patches, features], or bytes of one frame."""
 
     parts: list[Part]
     pixels: torch.Tensor
@@ -70,17 +71,19 @@ class Preparer:
     def __init__(self, spec: TowerSpec, image: Any, video: Any = None, dtype: torch.dtype = torch.float32) -> None:
         """image, video: Hugging Face's processors; video only where there are any. dtype: of numbers, the encoder's."""
         self.spec, self.image, self.video, self.dtype = spec, image, video, dtype
-        self.table = byte_table(spec, image)
+        self.normalisation = proven_normalisation(spec, image)  # of images that are left as bytes; None: none are
 
     def __call__(self, numbered: Sequence[tuple[int, Any]]) -> Prepared:
         """Prepare images: records, paths, PIL images, or arrays and tensors [height, width, 3] of bytes."""
         parts, pixels, decoded, prepared = [], [], 0.0, 0.0
+        videos = any(isinstance(source, Record) and source.video for _, source in numbered)
+        raw = self.normalisation is not None and not videos  # pixels of one kind
         for number, source in numbered:
             start = middle = time.perf_counter()
             try:
                 image = self._decode(source)
                 middle = time.perf_counter()
-                rows, grid = self._prepare(image)
+                rows, grid = self._prepare(image, raw)
                 parts.append(Part(source, number, grid))
                 pixels.append(rows)
             except ImportError:
@@ -90,9 +93,6 @@ class Preparer:
             end = time.perf_counter()
             middle = middle if middle > start else end
             decoded, prepared = decoded + middle - start, prepared + end - middle
-        kinds = {rows.dtype for rows in pixels}
-        if len(kinds) > 1:  # photographs as bytes beside videos in floats
-            pixels = [self._numbers(rows) for rows in pixels]
         empty = torch.empty(0, self.spec.patch.features, dtype=self.dtype)
         return Prepared(parts, torch.cat(pixels) if pixels else empty, decoded, prepared)
 
@@ -104,17 +104,13 @@ class Preparer:
             return read_video(data, source.key, self.video)
         return decode_image(data, source.key) if isinstance(data, bytes) else read_image(data)
 
-    def _prepare(self, image: Any) -> tuple[torch.Tensor, Grid]:
+    def _prepare(self, image: Any, raw: bool) -> tuple[torch.Tensor, Grid]:
         if isinstance(image, tuple):
-            call, raw = prepare_video(self.video, *image), False
+            call = prepare_video(self.video, *image)
         else:
-            raw = self.table is not None
-            call = call_of(self.image(images=[image], return_tensors="pt", **(RAW if raw else {})))
+            call = call_of(self.image(images=[image], return_tensors="pt", **(BYTES if raw else {})))
         rows, grid = flatten_call(self.spec, *call)
-        return rows.to(torch.uint8 if raw else self.dtype), grid  # whatever type the processor keeps bytes in
-
-    def _numbers(self, rows: torch.Tensor) -> torch.Tensor:
-        return look_up(rows, self.table.to(self.dtype)) if rows.dtype == torch.uint8 else rows  # type: ignore[union-attr]
+        return first_frames(self.spec, rows) if raw else rows.to(self.dtype), grid
 
 
 def _reason(source: Any, error: Exception) -> str:
@@ -144,62 +140,6 @@ def as_image(source: Any) -> Any:
             f"an image is {got}; expected a path, a file's bytes, a PIL image, or uint8 [height, width, 3]"
         )
     return Image.fromarray(array)
-
-
-# --- bytes instead of numbers ---
-
-RAW = {"do_rescale": False, "do_normalize": False}
-
-
-def byte_table(spec: TowerSpec, prepare: Any) -> torch.Tensor | None:
-    """fp32 [channels, 256]: the number that the processor makes of each byte; None where that is not all that it does.
-
-    Tried on a picture of noise, on one with every byte in every channel, of a size that the processor itself chose so
-    that it is left alone, and on the noise again.
-    """
-    import numpy as np
-
-    noise = np.random.default_rng(0).integers(0, 256, (397, 301, 3), dtype=np.uint8)
-    try:
-        first = _both_ways(spec, prepare, noise)
-        if first is None:
-            return None
-        _, h, w = first[2]
-        shades = (np.arange(256)[:, None] + np.array([0, 85, 170])).astype(np.uint8).reshape(16, 16, 3)
-        rows, columns = (np.arange(n * spec.patch.size) * 16 // (n * spec.patch.size) for n in (h, w))
-        second = _both_ways(spec, prepare, shades[rows][:, columns])
-    except (TypeError, ValueError):  # a processor that knows no such options
-        return None
-    if second is None:
-        return None
-    table = torch.full((spec.patch.channels, 256), torch.nan)
-    for channel, (values, numbers) in enumerate(zip(*(_channels(spec, t) for t in second[:2]), strict=True)):
-        table[channel].scatter_(0, values.flatten().long(), numbers.flatten())
-    proven = all(torch.equal(look_up(raw, table), plain) for raw, plain, _ in (first, second))
-    return table if proven and not table.isnan().any() else None
-
-
-def _both_ways(spec: TowerSpec, prepare: Any, picture: Any) -> tuple[torch.Tensor, torch.Tensor, list[int]] | None:
-    """Bytes, numbers and the first grid row of a picture; None where they are not that or lie otherwise."""
-    from PIL import Image
-
-    images = [Image.fromarray(picture)]
-    plain, grid = flatten_call(spec, *call_of(prepare(images=images, return_tensors="pt")))
-    raw, same = flatten_call(spec, *call_of(prepare(images=images, return_tensors="pt", **RAW)))
-    fits = torch.equal(raw.byte(), raw) and plain.dtype == torch.float32 and grid == same
-    return (raw.byte(), plain, grid[0]) if fits else None
-
-
-def _channels(spec: TowerSpec, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return rows.view(len(rows), spec.patch.channels, -1).unbind(1)
-
-
-def look_up(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """[patches, features] in the table's dtype, of bytes [patches, features] and a table [channels, 256]."""
-    channels = len(table)
-    first = torch.arange(channels, dtype=torch.int32, device=rows.device)[:, None] * 256
-    places = rows.view(len(rows), channels, -1).int().add_(first)
-    return table.flatten().index_select(0, places.flatten()).view(rows.shape)
 
 
 # --- workers ---

@@ -34,10 +34,11 @@ class Encoder:
     ) -> None:
         """column: of the images; it is left out of the result. workers: threads that prepare, as many as num_cpus."""
         self.column, self.pool = column, pool
-        self.vit = load(checkpoint, device=device, max_tokens=max_tokens, revision=revision).warmup()
+        self.vit = load(checkpoint, device=device, max_tokens=max_tokens, revision=revision)
         found = processor(self.vit.spec, checkpoint, revision=revision)
         prepare = Preparer(self.vit.spec, found, dtype=self.vit.dtype)
-        self.embedder = Embedder(self.vit, prepare.table, pool=pool, batch_tokens=batch_tokens)
+        self.embedder = Embedder(self.vit, prepare.normalisation, pool=pool, batch_tokens=batch_tokens)
+        self.embedder.for_bytes.warmup()
         self.workers = Workers(prepare, workers or default_workers(), threads=True)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class PatchSpec:
     bias: bool = True
     order: Literal["block", "raster"] = "block"  # rows of pixel_values in a frame: merge-block-major, or plain raster
     norm: NormSpec | None = None  # of the embedded patch, before positions are added
-    bytes: bool = False  # pixels are uint8, of the one frame that a still has; weights.pack.of_bytes has the rest
+    bytes: bool = False  # pixels are uint8, of the one frame that a still has; weights.pack.byte_weights has the rest
 
     @property
     def features(self) -> int:

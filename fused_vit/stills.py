@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from .calls import call_of
+from .calls import call_of, flatten_call
 from .errors import InputError
 from .spec import TowerSpec
 
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of channels
+BYTES = {"do_rescale": False, "do_normalize": False}  # what a processor is asked, for bytes
 
-def normalisation(prepare: Any, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+
+def normalisation(prepare: Any, channels: int) -> Normalisation:
     """Mean and std of channels, as a processor subtracts and divides. Raises InputError where it does otherwise."""
     names = ("do_rescale", "rescale_factor", "do_normalize")
     about = {name: getattr(prepare, name, None) for name in names}
@@ -40,23 +43,39 @@ def byte_patches(
     given = [_pixels(image, i, on_device) for i, image in enumerate(images)]
     options: dict[str, Any] = {"device": device} if on_device else {}
     try:
-        batch = prepare(
-            images=given, do_rescale=False, do_normalize=False, input_data_format="channels_last",
-            return_tensors="pt", **options,
-        )  # fmt: skip
+        batch = prepare(images=given, return_tensors="pt", input_data_format="channels_last", **BYTES, **options)
     except (ValueError, ArithmeticError) as error:
         raise InputError(f"images of {[_size(image) for image in given]}: {error}") from error
-    p, (pixels, grid) = spec.patch, call_of(batch)
-    if grid is None or pixels[0].numel() != p.features:
-        raise InputError(
-            f"the processor gives pixel_values {list(pixels.shape)}; expected [patches, {p.features}] and a grid: call "
-            "it, and pass what it gives"
-        )
-    first = pixels.reshape(len(pixels), p.channels, p.temporal, -1)[:, :, 0].flatten(1)  # a still's frames are alike
+    pixels, grid = flatten_call(spec, *call_of(batch))
+    return first_frames(spec, pixels).to(device), grid
+
+
+def first_frames(spec: TowerSpec, pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [patches, channels * size * size] of a processor's bytes [patches, features] of stills, in any dtype.
+
+    The frames of a still are alike. Raises InputError where these are no bytes.
+    """
+    first = pixels.reshape(len(pixels), spec.patch.channels, spec.patch.temporal, -1)[:, :, 0].flatten(1)
     patches = first.to(torch.uint8)
     if not torch.equal(patches.to(first.dtype), first):
         raise InputError("the processor resizes to values that are no bytes: call it, and pass its pixel_values")
-    return patches.to(device), [[1, *row][-3:] for row in grid.tolist()]
+    return patches
+
+
+def proven_normalisation(spec: TowerSpec, prepare: Any) -> Normalisation | None:
+    """A processor's mean and std, if all that it does after resizing is to normalise by them: tried on noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (397, 301, 3), dtype=np.uint8)
+    try:
+        mean, std = normalisation(prepare, spec.patch.channels)
+        pixels, grid = flatten_call(spec, *call_of(prepare(images=[noise], return_tensors="pt")))
+        patches, same = byte_patches(spec, prepare, [noise], torch.device("cpu"))
+    except (TypeError, ValueError):  # not ours to say: it is taken as it is
+        return None
+    middle, spread = (torch.tensor(numbers)[:, None, None] for numbers in (mean, std))
+    normalised = (patches.view(len(patches), len(mean), 1, -1) / 255 - middle) / spread
+    frames = normalised.expand(-1, -1, spec.patch.temporal, -1).flatten(1)
+    fits = grid == same and torch.allclose(frames, pixels, rtol=1e-5, atol=1e-5)
+    return (mean, std) if fits else None
 
 
 def _pixels(image: Any, i: int, on_device: bool) -> Any:

@@ -54,8 +54,7 @@ def one_by_one(checkpoint: Path, photos: Path) -> dict[str, torch.Tensor]:
     prepare = processor(vit.spec, checkpoint)
     found = {}
     for path in sorted(photos.rglob("*.png")):
-        batch = prepare(images=[read_image(path)], return_tensors="pt")
-        found[str(path)] = vit(batch["pixel_values"], batch["image_grid_thw"]).split()[0]
+        found[str(path)] = vit.encode_images([read_image(path)], prepare).split()[0]
     return found
 
 

@@ -22,8 +22,9 @@ from fused_vit.calls import call_of, flatten_call
 from fused_vit.embedding import Embedder, Times
 from fused_vit.errors import InputError
 from fused_vit.images import processor, read_image
-from fused_vit.preparing import Preparer, Workers, byte_table, look_up
+from fused_vit.preparing import Preparer, Workers
 from fused_vit.sources import find
+from fused_vit.stills import proven_normalisation
 from tests import archives
 
 transformers = pytest.importorskip("transformers")
@@ -48,8 +49,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def wanted(vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path]) -> list[torch.Tensor]:
     prepare = processor(vit.spec, checkpoint)
-    calls = [prepare(images=[read_image(path)], return_tensors="pt") for path in photos]
-    return [vit(call["pixel_values"], call["image_grid_thw"]).split()[0] for call in calls]
+    return [vit.encode_images([read_image(path)], prepare).split()[0] for path in photos]
 
 
 def same(got: Any, want: list[torch.Tensor]) -> bool:
@@ -101,10 +101,8 @@ def test_sixteen_bits_come_back_as_they_are_and_to_numpy_exactly(checkpoint: Pat
     assert all(r.dtype == torch.bfloat16 and np.array_equal(r.float(), a) for r, a in zip(rows, arrays, strict=True))
     pooled = vit.encode(photos[:2], processor=checkpoint, pool="mean")
     assert torch.equal(pooled, torch.stack([r.float().mean(0) for r in rows]))
-    batch = processor(vit.spec, checkpoint)(images=[read_image(photos[0])], return_tensors="pt")
-    assert torch.equal(
-        vit(batch["pixel_values"], batch["image_grid_thw"]).split()[0], vit.encode(photos[0], processor=checkpoint)
-    )
+    alone = vit.encode_images([read_image(photos[0])], processor(vit.spec, checkpoint))
+    assert torch.equal(alone.split()[0], vit.encode(photos[0], processor=checkpoint))
 
 
 def test_what_cannot_be_encoded_is_named(vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path]) -> None:
@@ -221,43 +219,46 @@ def test_an_error_of_the_encoder_or_the_source_ends_the_stream(
 # --- preparing ---
 
 
-def test_bytes_and_a_table_are_the_processors_own_numbers(
-    vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path]
-) -> None:
+def test_images_travel_as_bytes_of_one_frame(vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path]) -> None:
     prepare = processor(vit.spec, checkpoint)
-    table = byte_table(vit.spec, prepare)
-    assert table is not None and table.shape == (3, 256) and len(set(table[:, 7].tolist())) == 3
     prepared = Preparer(vit.spec, prepare)([(0, photos[0]), (1, photos[1])])
-    assert prepared.pixels.dtype == torch.uint8
+    assert prepared.pixels.dtype == torch.uint8 and prepared.pixels.shape[1] == vit.spec.patch.features // 2
     batch = prepare(images=[read_image(path) for path in photos[:2]], return_tensors="pt")
-    assert torch.equal(look_up(prepared.pixels, table), batch["pixel_values"])
+    mean, std = proven_normalisation(vit.spec, prepare) or ((), ())
+    rows = prepared.pixels.view(-1, 3, 1, 256) / 255
+    numbers = (rows - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert torch.allclose(numbers.expand(-1, -1, 2, -1).flatten(1), batch["pixel_values"], atol=1e-6)
     assert [part.grid for part in prepared.parts] == [[row] for row in batch["image_grid_thw"].tolist()]
 
 
-def test_a_processor_that_does_more_than_map_bytes_is_taken_as_it_is(
+def test_a_processor_that_does_more_than_normalise_is_taken_as_it_is(
     vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path]
 ) -> None:
     real = processor(vit.spec, checkpoint)
 
-    class Sharpened:
+    class Stranger:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    class Sharpened(Stranger):
         def __call__(self, **options: Any) -> Any:
             batch = real(**options)
             pixels = batch["pixel_values"]
             batch["pixel_values"] = pixels if "do_rescale" in options else pixels + 0.1 * pixels.roll(1, 1)
             return batch
 
-    class Strict:
+    class Strict(Stranger):
         def __call__(self, images: Any, return_tensors: str) -> Any:
             return real(images=images, return_tensors=return_tensors)
 
     for prepare in (Sharpened(), Strict()):
-        assert byte_table(vit.spec, prepare) is None
+        assert proven_normalisation(vit.spec, prepare) is None
         call = call_of(prepare(images=[read_image(photos[0])], return_tensors="pt"))
         pixels = Preparer(vit.spec, prepare)([(0, photos[0])]).pixels
         assert torch.equal(pixels, flatten_call(vit.spec, *call)[0])
 
 
-def test_a_mixture_of_bytes_and_numbers_is_numbers(
+def test_images_beside_a_video_are_numbers(
     vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare = Preparer(vit.spec, processor(vit.spec, checkpoint))
@@ -269,7 +270,8 @@ def test_a_mixture_of_bytes_and_numbers_is_numbers(
     prepared = prepare([(0, record), (1, video)])
     assert prepared.pixels.dtype == torch.float32
     first, second = (pixels for _, pixels in prepared.split())
-    assert torch.equal(second, clip) and torch.equal(first, look_up(prepare([(0, record)]).pixels, prepare.table))
+    image = processor(vit.spec, checkpoint)(images=[read_image(photos[0])], return_tensors="pt")
+    assert torch.equal(second, clip) and torch.equal(first, image["pixel_values"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -277,14 +279,14 @@ def test_pixels_go_through_the_pipe_where_shared_memory_is_small(
     dtype: torch.dtype, vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare = Preparer(vit.spec, processor(vit.spec, checkpoint), dtype=dtype)
-    for table in (prepare.table, None):
-        prepare.table = table
+    for normalisation in (prepare.normalisation, None):
+        prepare.normalisation = normalisation
         monkeypatch.setattr(preparing, "_prepare", prepare, raising=False)
         sent = pickle.loads(pickle.dumps(preparing._work_by_value([(0, photos[0]), (1, b"no"), (2, photos[1])])))
         want, got = prepare([(0, photos[0]), (2, photos[1])]), preparing.received(sent)
         assert torch.equal(got.pixels, want.pixels) and got.pixels.dtype == want.pixels.dtype
         assert [part.number for part in got.parts] == [0, 1, 2]
-    assert preparing.received(preparing._work_by_value([(0, b"no")])).pixels.shape == (0, 1536)
+    assert preparing.received(preparing._work_by_value([(0, b"no")])).pixels.shape[0] == 0
 
 
 def test_workers_prepare_a_bounded_number_ahead(vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path]) -> None:

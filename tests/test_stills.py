@@ -21,7 +21,6 @@ from tests.test_processors import PROCESSORS, photos
 
 pytest.importorskip("transformers")
 NAMES = {family.name: family for family in FAMILIES}
-WHOLE = ("InternVL", "SigLIP")  # whose processors cut no patches
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 
 
@@ -39,7 +38,7 @@ def made(name: str, folder: Path, **fields: Any) -> tuple[fused_vit.FusedViT, An
         pytest.skip(f"{kind} cannot run here: {error}")
 
 
-@pytest.mark.parametrize("name", [name for name in PROCESSORS if name not in WHOLE])
+@pytest.mark.parametrize("name", PROCESSORS)
 def test_bytes_give_what_normalised_pixels_give(name: str, tmp_path: Path) -> None:
     vit, prepare = made(name, tmp_path)
     images = [np.asarray(photo) for photo in photos()]
@@ -58,13 +57,13 @@ def test_the_tower_for_bytes_shares_every_weight_but_one_and_is_kept(tmp_path: P
     vit, prepare = made("Qwen3-VL", tmp_path)
     vit.encode_images(photos(), prepare)
     vit.encode_images(photos(), prepare)
-    (other,) = vit._of_bytes.values()
+    (other,) = vit._for_bytes.values()
     own = {name for name in vit.weights if other.weights[name] is not vit.weights[name]}
     assert own == {"patch_embed.weight", "patch_embed.bias"} and other.stats()["calls"] == 2
     assert other.weights["patch_embed.weight"].shape[1] == 3 * vit.spec.patch.size**2, "one frame of two"
     prepare.image_mean = STD
     vit.encode_images(photos(), prepare)
-    assert len(vit._of_bytes) == 2
+    assert len(vit._for_bytes) == 2
     vit.close()
     with pytest.raises(InputError, match="closed"):
         other(torch.zeros(16, 3 * vit.spec.patch.size**2, dtype=torch.uint8), [[1, 4, 4]])
@@ -115,15 +114,9 @@ def test_a_processor_whose_values_are_no_bytes_is_refused(tmp_path: Path) -> Non
         vit.encode_images(photos(), Called(**vars(stranger)))
 
 
-def test_whole_images_are_refused(tmp_path: Path) -> None:
-    vit, prepare = made("SigLIP", tmp_path)
-    with pytest.raises(InputError, match="pass what it gives"):
-        vit.encode_images(photos(), prepare)
-
-
 def test_clips_are_not_bytes(tmp_path: Path) -> None:
     vit, prepare = made("Qwen3-VL", tmp_path)
     vit.encode_images(photos(), prepare)
-    (other,) = vit._of_bytes.values()
+    (other,) = vit._for_bytes.values()
     with pytest.raises(InputError, match="expected uint8"):
         other(torch.zeros(16, other.spec.patch.features), [[1, 4, 4]])

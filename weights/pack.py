@@ -49,7 +49,7 @@ def pack_tower(
     return packer.packed
 
 
-def of_bytes(
+def byte_weights(
     spec: TowerSpec, packed: Mapping[str, torch.Tensor], mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, torch.Tensor]:
     """Packed weights of the same tower for uint8 pixels [patches, channels * size * size] of stills (PatchSpec.bytes).

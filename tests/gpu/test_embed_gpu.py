@@ -35,8 +35,7 @@ def one_by_one(place: Path) -> dict[str, torch.Tensor]:
     prepare = processor(vit.spec, place / "checkpoint")
     found = {}
     for path in sorted((place / "photos").rglob("*.png")):
-        batch = prepare(images=[read_image(path)], return_tensors="pt")
-        found[str(path)] = vit(batch["pixel_values"].to(vit.device), batch["image_grid_thw"]).split()[0].cpu()
+        found[str(path)] = vit.encode_images([read_image(path)], prepare).split()[0].cpu()
     return found
 
 

@@ -30,7 +30,7 @@ from fused_vit.kernels import attention, config, linear, patch_embed, qkv, resid
 from fused_vit.layouts import parts
 from fused_vit.plan import Plan, build_plan
 from fused_vit.towers import parse_config
-from fused_vit.weights.pack import of_bytes, pack_tower
+from fused_vit.weights.pack import byte_weights, pack_tower
 from fused_vit.workspace import Workspace, shapes
 
 TABLE = Path(__file__).with_name("resources.json")
@@ -121,7 +121,7 @@ def planned(tower: str, device: str) -> tuple[Plan, dict[str, torch.Tensor]]:
     source = {(p.name, p.block): torch.empty(p.shape, device=device) for p in parts(spec)}
     weights = pack_tower(spec, lambda part, i: source[part, i], dtype=torch.bfloat16, device=device)
     if tower in OF_BYTES:
-        weights = of_bytes(spec, weights, [0.5] * 3, [0.5] * 3)
+        weights = byte_weights(spec, weights, [0.5] * 3, [0.5] * 3)
         spec = replace(spec, patch=replace(spec.patch, bytes=True))
     return build_plan(spec), weights
 
