@@ -9,6 +9,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 DRIVER := $(shell command -v nvidia-smi 2>/dev/null || ls /dev/nvidiactl 2>/dev/null)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# A process for each core; torch's own threads would spin for the same cores.
+SPREAD := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 STAMP := $(VENV)/.fused-vit
 OLDER := build/transformers-4.57
 
@@ -31,11 +33,11 @@ demo: $(STAMP)
 	$(BIN)/python -m bench.demo
 
 test: $(STAMP) $(OLDER)/.done
-	$(BIN)/python -m pytest -q tests
-	PYTHONPATH=$(OLDER):. $(BIN)/python -m pytest -q tests/adapters
+	$(SPREAD) tests
+	PYTHONPATH=$(OLDER):. $(SPREAD) tests/adapters
 
 mutants: $(STAMP)
-	MUTANTS=all $(BIN)/python -m pytest -q tests/mutants
+	MUTANTS=all $(SPREAD) tests/mutants
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.long fuzz
