@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from fused_vit.spec import TowerSpec
 from fused_vit.towers import parse_config
 
 pytest.importorskip("transformers")
-from bench import blocks, encoder, kernels, peers, report, steps, suite, timing, tune
+from bench import blocks, encoder, kernels, peers, report, steps, suite, timeline, timing, tune
 from bench.assembly import Assembly
 from bench.cases import CASES, FILL, PEERS, partly, rectangle
 from tests.families import FAMILIES, build
@@ -525,6 +526,18 @@ def test_files_to_vectors_have_their_error_beside_every_speed(tmp_path: Path) ->
     batch["pixel_values"] = batch["pixel_values"].float()
     want = peer.vectors([embed.read(path) for path in paths[:2]])
     assert torch.allclose(peer.means(batch), want, rtol=0.05, atol=0.05)  # pixels went through bfloat16
+
+
+# --- the picture of a block ---
+
+
+def test_the_picture_of_a_block_is_not_stale() -> None:
+    found, svg = json.loads(timeline.RESULT.read_text()), timeline.PLOT.read_text()
+    for case in timeline.ROWS:
+        for forms in (timeline.BEFORE[case], timeline.chosen(case)):
+            spans = timeline.spans(found, case, forms)
+            assert all(f"{us:.1f}" in svg and label in svg for label, _, us in spans), "run python -m bench.timeline"
+            assert all(later[1] > begin + us for (_, begin, us), later in itertools.pairwise(spans))
 
 
 # --- the suite's report ---
