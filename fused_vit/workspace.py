@@ -37,7 +37,7 @@ def beside(bucket: Bucket) -> bool:
 
 
 def _lifetimes(plan: Plan, aside: bool) -> dict[str, tuple[int, int]]:
-    """First and last step while which a buffer is in use; inputs live from the start, outputs to the end."""
+    """First and last step between which a buffer is in use; inputs live from the start, outputs to the end."""
     spans: dict[str, tuple[int, int]] = {"table": (0, len(plan.steps)), "pixels": (0, 0)}
     for i, step in enumerate(plan.steps):
         last = _awaited(plan, i) if aside and step.aside else i
