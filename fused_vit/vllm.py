@@ -18,7 +18,7 @@ from typing import Any
 
 from .errors import FusedVitError
 
-logger = logging.getLogger("vllm.fused_vit")  # below vLLM's logger: its handlers show warnings and infos in every process
+logger = logging.getLogger("vllm.fused_vit")  # below vLLM's, whose handlers show it in every process
 SWITCH = "FUSED_VIT_VLLM"
 OFF = ("0", "false", "no", "off")
 MODELS = "vllm.model_executor.models."

@@ -72,7 +72,7 @@ def _arguments(tower: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def _check_engine() -> bool:
-    """Whether weights are to be made up (load format dummy). Raises SpecError where the engine asks for what we lack."""
+    """Whether weights are to be made up (load format dummy). Raises SpecError where the engine wants what we lack."""
     from vllm.config import get_current_vllm_config
     from vllm.distributed import get_tensor_model_parallel_world_size
     from vllm.model_executor.models.vision import is_vit_use_data_parallel
@@ -87,10 +87,12 @@ def _check_engine() -> bool:
     if getattr(config.lora_config, "enable_tower_connector_lora", False):
         raise SpecError("LoRA is enabled on the tower (enable_tower_connector_lora); supported: on the language model")
     if getattr(config.compilation_config, "cudagraph_mm_encoder", False):
-        raise SpecError("vLLM's encoder graphs are on (cudagraph_mm_encoder); the fused tower has its own: leave it off")
-    multimodal = getattr(config.model_config, "multimodal_config", None)
-    if getattr(multimodal, "mm_encoder_attn_dtype", None) is not None:
-        raise SpecError(f"mm_encoder_attn_dtype is {multimodal.mm_encoder_attn_dtype}; supported: the model's own")
+        raise SpecError(
+            "vLLM's encoder graphs are on (cudagraph_mm_encoder); expected off: the fused tower has its own"
+        )
+    attention = getattr(getattr(config.model_config, "multimodal_config", None), "mm_encoder_attn_dtype", None)
+    if attention is not None:
+        raise SpecError(f"mm_encoder_attn_dtype is {attention}; supported: the model's own")
     load_format = str(getattr(config.load_config.load_format, "value", config.load_config.load_format))
     if load_format in UNLOADABLE:
         raise SpecError(f"load_format is {load_format}; supported: those that hand over a checkpoint's tensors by name")
@@ -218,9 +220,7 @@ class FusedTower(nn.Module):
         if extra:
             raise CheckpointError(f"tensors that are not of a {self.row.family} tower: {_list(extra)}. {REMEDY}.")
         check_module(f"{self.row.family} tower", expected, self._collected)
-        packed = pack_tower(
-            self.spec, reader(layout, self.spec, self._collected), dtype=self.dtype, device=self.device
-        )
+        packed = pack_tower(self.spec, reader(layout, self.spec, self._collected), dtype=self.dtype, device=self.device)
         self._collected.clear()
         if self._vit is None:
             self._vit = FusedViT(self.spec, packed, max_tokens=self._max_tokens)
@@ -259,8 +259,8 @@ class FusedTower(nn.Module):
         missing = [name for name in expected if name not in self._collected]
         extra = [name for name in self._collected if name not in expected]
         return (
-            f"of {len(expected)} tensors of a {self.row.family} tower {len(missing)} were not loaded: {_list(missing)}; "
-            f"not of it: {_list(extra)}. Load all of one checkpoint or of one update. {REMEDY}."
+            f"of {len(expected)} tensors of a {self.row.family} tower {len(missing)} were not loaded: {_list(missing)};"
+            f" not of it: {_list(extra)}. Load all of one checkpoint or of one update. {REMEDY}."
         )
 
 
