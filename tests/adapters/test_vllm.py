@@ -170,18 +170,28 @@ def test_weights_come_in_parts_and_are_updated_in_place() -> None:
     assert torch.equal(fused(pixels, grid), fresh(pixels, grid))
 
 
-def test_loading_in_half_precision_packs_in_fp32() -> None:
-    """vLLM loads with the model's dtype as torch's default."""
+def test_loading_is_not_changed_by_vllms_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM loads with the model's dtype and device as torch's default, and trainers reload in inference mode."""
     fused, reference, weights = loaded()
     again = construct(QWEN3, reference.config)
+    pack, seen = adapter.pack_tower, []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append((torch.get_default_dtype(), torch.is_inference_mode_enabled(), torch.empty(0).device.type))
+        return pack(*args, **kwargs)
+
+    monkeypatch.setattr(adapter, "pack_tower", watched)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        again.load_weights(weights.items())
+        with torch.inference_mode(), torch.device("meta"):
+            again.load_weights(weights.items())
         assert torch.get_default_dtype() == torch.bfloat16
     finally:
         torch.set_default_dtype(torch.float32)
+    assert seen == [(torch.float32, False, "cpu")]
     for name, tensor in fused.vit.weights.items():
         assert torch.equal(tensor, again.vit.weights[name]), name
+    again.load_weights(weights.items())  # outside: what was made in inference mode could not be written to
 
 
 def test_loaders_may_reuse_their_buffers() -> None:
