@@ -13,13 +13,16 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SPREAD := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 STAMP := $(VENV)/.fused-vit
 OLDER := build/transformers-4.57
+VLLM ?= vllm
+VLLM_VENV := build/vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutants fuzz soak sanitize check bench wheel clean
+.PHONY: help demo test vllm mutants fuzz soak sanitize check bench wheel clean
 
 help:
 	@echo "make demo    encode a photograph, compare with Hugging Face, write out/demo/pca.png"
 	@echo "make test    every test this machine can run"
+	@echo "make vllm    the vLLM plug-in in an environment of its own; VLLM='vllm==0.20.0' for another release"
 	@echo "make mutants every seeded bug against the test that must catch it; make test tries a third"
 	@echo "make fuzz    random calls, flipped bytes and repeated calls at full length; make test tries a part"
 	@echo "make soak    repeats, threads and random calls at full length, on this machine's GPU"
@@ -35,6 +38,14 @@ demo: $(STAMP)
 test: $(STAMP) $(OLDER)/.done
 	$(SPREAD) tests
 	PYTHONPATH=$(OLDER):. $(SPREAD) tests/adapters
+
+# vLLM pins a torch of its own, so it never enters $(VENV). Where it cannot be installed there is nothing to test.
+vllm:
+	$(PYTHON) -m venv $(VLLM_VENV)
+	@if $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check '$(VLLM)' -e '.[hf]' pytest; then \
+		$(VLLM_VENV)/bin/python -m pytest -q -rs tests/adapters/test_vllm.py tests/adapters/test_vllm_installed.py \
+			tests/adapters/test_vllm_gpu.py; \
+	else echo "skipped: $(VLLM) cannot be installed here (see pip's reason above)"; fi
 
 mutants: $(STAMP)
 	MUTANTS=all $(SPREAD) tests/mutants

@@ -22,7 +22,7 @@ LAYERS = (
     ("embedding",),
     ("encoder",),
     ("pca", "parity", "metrics", "adapters"),
-    ("encoding", "ray"),
+    ("encoding", "ray", "vllm"),
     ("archive",),
     ("cli",),
 )
@@ -44,6 +44,7 @@ THIRD_PARTY = {  # package -> modules that may import it; torch is everybody's
     "numpy": {"images", "pca", "stills", "weights", "videos", "preparing", "embedding", "shards", "ray"},
     "PIL": {"images", "pca", "preparing"},
     "prometheus_client": {"metrics"},
+    "vllm": {"adapters"},
     "einops": set(RANK) | {"weights"},
 }
 PURE = {"errors", "spec", "layouts", "towers", "packing", "buckets", "plan"}  # no torch either

@@ -20,6 +20,7 @@ class Mutant:
 PACKING, PLAN, FOLD = "tests/test_packing.py", "tests/test_plan.py", "tests/weights/test_fold_pack.py"
 ENCODER, CALLS, DEFINE = "tests/test_encoder.py", "tests/test_calls.py", "tests/test_define.py"
 CHECKPOINT, KERNELS = "tests/weights/test_checkpoint.py", "tests/kernels/interpreted.py"
+VLLM = "tests/adapters/test_vllm.py"
 EMBED, ENCODE, SOURCES = "tests/test_embed.py", "tests/test_encode.py", "tests/test_sources.py"
 
 MUTANTS = (
@@ -47,6 +48,18 @@ MUTANTS = (
            f"{DEFINE}::test_the_definition_is_transformers_tower"),
     Mutant("frames see each other", "fused_vit/packing.py", "t if clip else 1", "t",
            f"{DEFINE}::test_video_frames_are_images"),
+    # --- vLLM ---
+    Mutant("tensors of a loader's buffer kept", "fused_vit/adapters/vllm.py", 'tensor.to("cpu", copy=True)',
+           'tensor.to("cpu")', f"{VLLM}::test_loaders_may_reuse_their_buffers"),
+    Mutant("an update that graphs do not see", "fused_vit/adapters/vllm.py", "self._vit.weights[name].copy_(tensor)",
+           "self._vit.weights[name] = tensor", f"{VLLM}::test_weights_come_in_parts_and_are_updated_in_place"),
+    Mutant("deepstack features first", "fused_vit/adapters/vllm.py", "[out.pooler_output, *out.deepstack_features]",
+           "[*out.deepstack_features, out.pooler_output]",
+           f"{VLLM}::test_the_same_rows_as_transformers_in_vllms_layout"),
+    Mutant("packed in half precision", "fused_vit/adapters/vllm.py", "set_default_dtype(torch.float32)",
+           "set_default_dtype(before)", f"{VLLM}::test_loading_is_not_changed_by_vllms_defaults"),
+    Mutant("subclasses of a tower replaced", "fused_vit/vllm.py", "cls is tower and", "issubclass(cls, tower) and",
+           f"{VLLM}::test_subclasses_are_other_towers"),
     # --- calls ---
     Mutant("odd sides pass", "fused_vit/packing.py", "if h % m or w % m:", "if h % m:",
            f"{CALLS}::test_a_bad_call_is_one_clear_value_error_and_costs_nothing"),
