@@ -44,7 +44,7 @@ def define(plan: Plan, weights: Tensors, pixels: torch.Tensor, pack: Sequence[It
 def launch(plan: Plan, weights: Tensors, buffers: Tensors, tile: int, side: torch.cuda.Stream | None = None) -> None:
     """The plan's kernels on the current stream. Allocates nothing, synchronises nothing: fit for capture.
 
-    side: a stream for steps that are `aside`, in a bucket whose buffers are placed for it (workspace.beside).
+    side: a stream for steps that are `aside`; without one they run in their turn.
     """
     running: set[str] = set()  # buffers of steps on the side stream
     for step in plan.steps:

@@ -16,8 +16,9 @@ from .buckets import Bucket
 from .executor import launch
 from .packing import items, table
 from .plan import Plan
-from .workspace import Workspace, beside
+from .workspace import Workspace
 
+ASIDE = 256  # tokens of the largest bucket whose graph runs steps aside: others leave no multiprocessors idle
 _ONE_AT_A_TIME = threading.Lock()  # torch captures no two graphs of a process at once
 
 
@@ -49,7 +50,7 @@ def capture(plan: Plan, weights: Mapping[str, torch.Tensor], workspace: Workspac
     launch(plan, weights, buffers, workspace.tile)
     torch.cuda.current_stream().synchronize()
     graph = torch.cuda.CUDAGraph()
-    side = torch.cuda.Stream() if beside(bucket) else None
+    side = torch.cuda.Stream() if bucket.tokens <= ASIDE else None
     with _capturing(graph, workspace.slab.device):
         launch(plan, weights, buffers, workspace.tile, side)
     return BucketGraph(bucket, buffers, graph, time.perf_counter() - start)

@@ -15,7 +15,6 @@ from .packing import FIELDS, HEADER
 from .plan import Buffer, Plan
 
 ALIGNMENT = 256  # bytes
-ASIDE = 256  # tokens of the largest bucket whose graph runs steps aside
 _DTYPES = {"float32": torch.float32, "int32": torch.int32, "uint8": torch.uint8}
 
 
@@ -31,27 +30,17 @@ def shapes(plan: Plan, bucket: Bucket, tile: int) -> dict[str, tuple[int, ...]]:
     return {b.name: tuple(d if isinstance(d, int) else sizes[d] for d in b.shape) for b in plan.buffers}
 
 
-def beside(bucket: Bucket) -> bool:
-    """Whether a bucket's graph runs steps aside: only where the others leave multiprocessors idle."""
-    return bucket.tokens <= ASIDE
+def _lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
+    """First and last step that touch a buffer; inputs live from the start, outputs to the end.
 
-
-def _lifetimes(plan: Plan, aside: bool) -> dict[str, tuple[int, int]]:
-    """First and last step between which a buffer is in use; inputs live from the start, outputs to the end."""
+    A step aside runs until another touches what it does, or to the end, so that its buffers live as long: the last
+    that touches one is not aside, or it is an output.
+    """
     spans: dict[str, tuple[int, int]] = {"table": (0, len(plan.steps)), "pixels": (0, 0)}
     for i, step in enumerate(plan.steps):
-        last = _awaited(plan, i) if aside and step.aside else i
         for name in step.touched:
-            first, until = spans.get(name, (i, i))
-            spans[name] = (first, max(last, until))
+            spans[name] = (spans.get(name, (i, i))[0], max(i, spans.get(name, (i, i))[1]))
     return spans | {name: (spans[name][0], len(plan.steps)) for name in plan.outputs if name}
-
-
-def _awaited(plan: Plan, i: int) -> int:
-    """The step before which step i, aside, is waited for, as executor.launch does."""
-    touched = plan.steps[i].touched
-    later = (j for j in range(i + 1, len(plan.steps)) if not plan.steps[j].aside and plan.steps[j].touched & touched)
-    return next(later, len(plan.steps))
 
 
 def place(plan: Plan, bucket: Bucket, itemsize: int, tile: int) -> tuple[dict[str, int], int]:
@@ -61,7 +50,7 @@ def place(plan: Plan, bucket: Bucket, itemsize: int, tile: int) -> tuple[dict[st
         b.name: math.prod(shape[b.name]) * (_DTYPES[b.dtype].itemsize if b.dtype in _DTYPES else itemsize)
         for b in plan.buffers
     }
-    spans = _lifetimes(plan, beside(bucket))
+    spans = _lifetimes(plan)
     offsets: dict[str, int] = {}
     for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
         offset = 0

@@ -18,7 +18,7 @@ from fused_vit.packing import Item
 from fused_vit.plan import Step, build_plan, cost
 from fused_vit.spec import TowerSpec
 from fused_vit.towers import parse_config
-from fused_vit.workspace import Workspace, beside, place, shapes
+from fused_vit.workspace import Workspace, place, shapes
 from tests.kernels import resources
 
 UNFOLD = "merge=2 raster=False class_token=False window=0 side=6 align_corners=True taps=4"
@@ -139,7 +139,6 @@ class Streams:
 def test_steps_aside_share_no_memory_with_what_runs_beside_them(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph's launches played through: until it is waited for, no byte that a step aside touches is touched."""
     plan, bucket, streams = build_plan(spec_of()), Bucket(tokens, 16), Streams()
-    assert beside(bucket) and not beside(Bucket(2048, 32))
     monkeypatch.setattr(executor, "launch_step", streams.launch_step)
     monkeypatch.setattr(torch, "cuda", streams)
     executor.launch(plan, {}, {}, 64, streams.side)
@@ -165,6 +164,16 @@ def test_steps_aside_share_no_memory_with_what_runs_beside_them(tokens: int, mon
     assert not running, "the graph ends before its steps aside"
     assert [step.name for _, step in streams.log if step] == [step.name for step in plan.steps]
     assert sum(what == "side" for what, _ in streams.log) == 2 * 3
+
+
+@pytest.mark.parametrize("tower", resources.TOWERS)
+def test_buffers_of_steps_aside_live_until_they_are_waited_for(tower: str) -> None:
+    """Of those that are no outputs, the last to touch one is not aside: executor.launch waits before it does."""
+    plan = resources.planned(tower, "meta")[0]
+    last = {name: step for step in plan.steps for name in step.touched}
+    for step in plan.steps:
+        if step.aside:
+            assert all(name in plan.outputs or not last[name].aside for name in step.touched), step.name
 
 
 def test_a_workspace_holds_the_largest_of_its_buckets_which_may_not_have_the_most_rows() -> None:

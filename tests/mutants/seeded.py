@@ -37,6 +37,8 @@ MUTANTS = (
            "window += item.windows", f"{PACKING}::test_the_table_adds_up"),
     Mutant("a buffer dies while it is read", "fused_vit/workspace.py", "max(i, spans.get(name, (i, i))[1])", "i - 1",
            f"{PLAN}::test_no_step_overwrites_what_a_later_one_reads"),
+    Mutant("a step aside is not waited for", "fused_vit/executor.py", "running & step.touched:", "False:",
+           f"{PLAN}::test_steps_aside_share_no_memory_with_what_runs_beside_them"),
     Mutant("outputs overwritten", "fused_vit/workspace.py", "(spans[name][0], len(plan.steps)) for", "spans[name] for",
            f"{PLAN}::test_no_step_overwrites_what_a_later_one_reads"),
     Mutant("a bucket that is too small", "fused_vit/buckets.py", "tokens <= self.tokens and", "",
