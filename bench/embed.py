@@ -32,8 +32,8 @@ from torch import nn
 
 from bench.peers import rounded
 from bench.timing import environment, require_gpu, save, script
-from fused_vit.embedding import default_workers
 from fused_vit.parity import exact_fp32, relative
+from fused_vit.preparing import default_workers
 
 SIZES = {  # (width, height) of a case's photographs, which take turns
     "224²": [(224, 224)],

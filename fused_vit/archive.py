@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from . import __version__
-from .embedding import Embedded, Embedder, Failed, Pool, Times, default_workers
+from .embedding import Embedded, Embedder, Failed, Pool, Times
 from .encoder import FusedViT, load
 from .encoding import identity
 from .errors import FusedVitError, InputError
 from .images import processor
-from .preparing import Preparer, Workers
+from .preparing import Preparer, Workers, default_workers
 from .shards import FORMATS, SHARD_BYTES, Folder, Row, storage, stored
 from .sources import Listing, Record, Unread, find, share
 from .videos import need_av, video_processor

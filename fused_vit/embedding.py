@@ -6,16 +6,10 @@ still fits. While one batch runs, the next is copied to the device on a stream o
 
 from __future__ import annotations
 
-import asyncio
-import os
-import queue
-import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -23,10 +17,9 @@ import torch
 from .buckets import Bucket
 from .calls import Grid
 from .errors import InputError
-from .images import processor
 from .output import VisionOutput
 from .packing import Item, items
-from .preparing import Part, Prepared, Preparer, Sent, Workers, received
+from .preparing import Part, Prepared
 from .spec import TowerSpec
 from .stills import Normalisation
 
@@ -349,169 +342,3 @@ class _Slot:
         events.append(self.copied)
         torch.cuda.current_stream().wait_event(self.copied)
         return device
-
-
-# --- for callers in Python ---
-
-
-def default_workers(processes: int = 1) -> int:
-    """Cores of this process that are not its own, shared with as many processes like it; at most 32."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(32, cores // max(1, processes) - 1))
-
-
-def _preparer(vit: Tower, source: Any) -> Preparer:
-    found = processor(vit.spec, source) if isinstance(source, (str, Path)) else source
-    if not callable(found):
-        raise InputError(
-            f"processor is {type(source).__name__}; expected a checkpoint's path or hub id, or its image processor "
-            "(fused_vit.images.processor)"
-        )
-    return Preparer(vit.spec, found, dtype=vit.dtype)
-
-
-def encode(
-    vit: Tower,
-    images: Any,
-    *,
-    processor: Any,
-    pool: Pool | None = None,
-    batch_tokens: int | None = None,
-    convert_to_numpy: bool = False,
-    show_progress_bar: bool = False,
-    workers: int | None = None,
-) -> Any:
-    """See FusedViT.encode."""
-    single = isinstance(images, (str, Path, bytes)) or not isinstance(images, Iterable) or _is_picture(images)
-    wanted = [images] if single else list(images)
-    results: list[Any] = [None] * len(wanted)
-    embedder = Embedder(vit, (prepare := _preparer(vit, processor)).normalisation, pool=pool, batch_tokens=batch_tokens)
-    with Workers(prepare, workers or default_workers(), threads=True) as pool_of_workers:
-        found = embedder.run(pool_of_workers.run(wanted))
-        for one in _bar(found, len(wanted)) if show_progress_bar else found:
-            if isinstance(one, Failed):
-                raise InputError(f"image {one.number}: {one.reason}")
-            results[one.number] = one.embedding
-    if convert_to_numpy:
-        results = [_numpy(result) for result in results]
-    if single:
-        return results[0]
-    if pool is None or not results:
-        return results
-    if convert_to_numpy:
-        import numpy as np
-
-        return np.stack(results)
-    return torch.stack(results)
-
-
-def _is_picture(images: Any) -> bool:
-    return hasattr(images, "convert") or getattr(images, "ndim", 0) == 3
-
-
-def _numpy(tensor: torch.Tensor) -> Any:
-    """numpy has no bfloat16."""
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def _bar(found: Iterator[Embedded | Failed], total: int) -> Iterator[Embedded | Failed]:
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(found, "encoding", total, console=Console(stderr=True))
-
-
-async def stream(
-    vit: Tower,
-    images: Iterable[Any] | AsyncIterable[Any],
-    *,
-    processor: Any,
-    pool: Pool | None = None,
-    batch_tokens: int | None = None,
-    workers: int | None = None,
-) -> AsyncIterator[tuple[int, torch.Tensor | InputError]]:
-    """See FusedViT.stream."""
-    prepare = _preparer(vit, processor)
-    embedder = Embedder(vit, prepare.normalisation, pool=pool, batch_tokens=batch_tokens)
-    count = workers or default_workers()
-    loop = asyncio.get_running_loop()
-    ready: queue.SimpleQueue[Prepared | BaseException | None] = queue.SimpleQueue()  # None: no more will come
-    results: asyncio.Queue[Embedded | Failed | BaseException | None] = asyncio.Queue()
-    closed = threading.Event()
-    room = asyncio.Semaphore(4 * count + 32)  # of images under way, so that a caller cannot run ahead for ever
-
-    def tell(value: Embedded | Failed | BaseException | None) -> None:
-        loop.call_soon_threadsafe(results.put_nowait, value)
-
-    def encode_what_comes() -> None:
-        try:
-            for result in embedder.run(_arriving(ready)):
-                if closed.is_set():
-                    return
-                tell(result)
-            tell(None)
-        except BaseException as error:
-            tell(error)
-
-    def prepared(future: Future[Prepared | Sent]) -> None:
-        if not future.cancelled():
-            ready.put(future.exception() or received(future.result()))
-
-    async def feed(pool_of_workers: Workers) -> None:
-        waiting: list[asyncio.Future[Prepared | Sent]] = []
-        try:
-            number = 0
-            async for image in _each(images):
-                await room.acquire()
-                future = pool_of_workers.submit([(number, image)])
-                future.add_done_callback(prepared)
-                waiting = [f for f in waiting if not f.done()] + [asyncio.wrap_future(future)]
-                number += 1
-            await asyncio.gather(*waiting, return_exceptions=True)
-        except Exception as error:
-            ready.put(error)
-        finally:
-            ready.put(None)
-
-    thread = threading.Thread(target=encode_what_comes, name="fused-vit-stream", daemon=True)
-    with Workers(prepare, count, threads=True) as pool_of_workers:
-        thread.start()
-        feeder = asyncio.ensure_future(feed(pool_of_workers))
-        try:
-            while (result := await results.get()) is not None:
-                if isinstance(result, BaseException):
-                    raise result
-                room.release()
-                if isinstance(result, Failed):
-                    yield result.number, InputError(f"image {result.number}: {result.reason}")
-                else:
-                    yield result.number, result.embedding
-        finally:
-            closed.set()
-            feeder.cancel()
-            ready.put(None)
-            await asyncio.to_thread(thread.join)
-
-
-def _arriving(ready: queue.SimpleQueue[Prepared | BaseException | None]) -> Iterator[Prepared | None]:
-    """What workers have prepared, and None before every wait: a batch takes what came while the last one ran."""
-    while True:
-        try:
-            found = ready.get_nowait()
-        except queue.Empty:
-            yield None
-            found = ready.get()
-        if found is None:
-            return
-        if isinstance(found, BaseException):
-            raise found
-        yield found
-
-
-async def _each(images: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
-    if isinstance(images, AsyncIterable):
-        async for image in images:
-            yield image
-    else:
-        for image in images:
-            yield image

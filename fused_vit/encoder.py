@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
-import threading
 from collections import Counter
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -23,15 +19,15 @@ from .calls import Grid, check_dense, flatten_call
 from .errors import InputError
 from .executor import define, launch
 from .graphs import BucketGraph, capture
-from .layouts import parts
 from .output import VisionOutput
 from .plan import Buffer, Plan, build_plan
-from .source import read_module, read_tower
+from .source import pack, read_module, read_tower
 from .spec import TowerSpec
-from .stills import byte_patches, normalisation
+from .stills import Normalisation, byte_patches, normalisation
 from .towers import find_tower, parse_config
+from .turns import Turns
 from .weights.checkpoint import Checkpoint
-from .weights.pack import Read, byte_weights, pack_tower
+from .weights.pack import byte_weights
 from .workspace import Workspace
 
 logger = logging.getLogger("fused_vit")
@@ -70,20 +66,7 @@ def load(
     place = _device(device)
     read, stored = read_tower(checkpoint, tower, spec)
     kept = dtype or (torch.float32 if place.type == "cpu" else stored)
-    return FusedViT(spec, _packed(spec, read, kept, place), buckets=buckets, max_tokens=max_tokens)
-
-
-def _packed(spec: TowerSpec, read: Read, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-    """Raises torch.OutOfMemoryError saying how much the whole tower takes."""
-    _checked(dtype)
-    try:
-        return pack_tower(spec, read, dtype=dtype, device=device)
-    except torch.OutOfMemoryError as error:
-        size = sum(math.prod(part.shape) for part in parts(spec)) * dtype.itemsize
-        raise torch.OutOfMemoryError(
-            f"the tower's weights take about {size} bytes of {device}, and while it is packed one of them in fp32: "
-            f"free some, or load a smaller tower ({error})"
-        ) from error
+    return FusedViT(spec, pack(spec, read, _checked(kept), place), buckets=buckets, max_tokens=max_tokens)
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -102,9 +85,9 @@ def _checked(dtype: torch.dtype) -> torch.dtype:
 
 
 def _copies(results: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Fresh tensors with the same bits: times one allocates and writes all of them in one launch, 25 us of the host.
+    """Fresh tensors with the same bits: times one allocates and writes all of them in one call of torch.
 
-    Cutting them from new tensors and copying took 70.
+    Cutting them from new tensors and copying took 60 us of the host.
     """
     copies = iter(torch._foreach_mul([result for result in results if result is not None], 1))
     return [None if result is None else next(copies) for result in results]
@@ -124,8 +107,7 @@ class FusedViT:
         """From a spec and packed weights (weights.pack); `load` and `from_module` make both."""
         weight = weights["patch_embed.weight"]
         self.dtype, self.device = weight.dtype, weight.device
-        self._process = os.getpid()
-        self._done: torch.cuda.Event | None = None
+        self._turns = Turns(self.device)
         self.spec = spec
         self.weights = dict(weights)
         windowed = spec.attention.windows is not None
@@ -135,13 +117,11 @@ class FusedViT:
         self._graphs: dict[Bucket, BucketGraph] = {}
         self._workspace: Workspace | None = None
         self._oversize: Workspace | None = None
-        self._lock = threading.Lock()
-        self._last_stream: torch.cuda.Stream | None = None
         self._counts: Counter[str] = Counter()
         self._replays: Counter[Bucket] = Counter()
         self._asked: Counter[Bucket] = Counter()  # rows
         self._warned = False
-        self._for_bytes: dict[tuple[Sequence[float], Sequence[float]], FusedViT] = {}  # by mean and std
+        self._for_bytes: dict[Normalisation, FusedViT] = {}
         tile = self.tile if self.device.type == "cuda" else None
         self._batch = lru_cache(GRIDS)(partial(make_batch, spec, self.buckets, tile))
         self._views: WeakKeyDictionary[Pack, Views] = WeakKeyDictionary()
@@ -169,7 +149,7 @@ class FusedViT:
         read = read_module(module, tower, spec)
         parameter = next(module.parameters())
         place = _device(device if device is not None else parameter.device)
-        weights = _packed(spec, read, dtype or parameter.dtype, place)
+        weights = pack(spec, read, _checked(dtype or parameter.dtype), place)
         return cls(spec, weights, buckets=buckets, max_tokens=max_tokens)
 
     # --- properties ---
@@ -222,7 +202,7 @@ class FusedViT:
         """Compile every kernel and capture every bucket, the largest first. After it, a call compiles nothing."""
         self._check_usable()
         if self.device.type == "cuda":
-            with self._turn(), torch.no_grad():
+            with self._turns.take(), torch.no_grad():
                 for bucket in reversed(self.buckets):
                     self._graph(bucket)
         return self
@@ -253,7 +233,7 @@ class FusedViT:
             outputs = define(self._plan, self.weights, values, batch.items)
         else:
             outputs = self._run(pixels, batch)
-        with self._lock:
+        with self._turns.lock:
             self._counts["calls"] += 1
             self._counts["images"] += len(batch.items)
             self._counts["rows"] += len(pixels)
@@ -284,10 +264,11 @@ class FusedViT:
     def for_bytes(self, mean: tuple[float, ...], std: tuple[float, ...]) -> FusedViT:
         """This tower for uint8 pixels [patches, channels * size * size] of stills, which it normalises itself.
 
-        It has its own graphs and workspace; the weights are shared. The next call with these numbers returns it again.
+        It has its own graphs, workspace and counters; the weights are shared. The next call with these numbers returns
+        it again.
         """
         self._check_usable()
-        with self._lock:
+        with self._turns.lock:
             if (mean, std) not in self._for_bytes:
                 spec = replace(self.spec, patch=replace(self.spec.patch, bytes=True))
                 weights = byte_weights(self.spec, self.weights, mean, std)
@@ -322,7 +303,7 @@ class FusedViT:
         Raises:
             InputError: an image cannot be read or encoded; names it by its number.
         """
-        from .embedding import encode
+        from .streams import encode
 
         return encode(
             self, images, processor=processor, pool=pool, batch_tokens=batch_tokens, convert_to_numpy=convert_to_numpy,
@@ -343,7 +324,7 @@ class FusedViT:
         A batch takes what came while the last one ran: a lone image does not wait for others. Arguments as in `encode`;
         `images` may arrive over time. An image that cannot be read or encoded yields its InputError.
         """
-        from .embedding import stream
+        from .streams import stream
 
         return stream(
             self, images, processor=processor, pool=pool, batch_tokens=batch_tokens, workers=workers
@@ -352,10 +333,10 @@ class FusedViT:
     def _check_usable(self) -> None:
         if not self.weights:
             raise InputError("this encoder was closed; load it again")
-        if self._forked():
+        if self._turns.forked():
             raise InputError(
-                f"this encoder belongs to process {self._process}, and CUDA does not survive a fork: load one in this "
-                "process, or start it by spawn"
+                f"this encoder belongs to process {self._turns.process}, and CUDA does not survive a fork: load one in "
+                "this process, or start it by spawn"
             )
 
     def _check_tensor(self, pixels: torch.Tensor) -> None:
@@ -372,7 +353,7 @@ class FusedViT:
 
     def _run(self, pixels: torch.Tensor, batch: Batch) -> list[torch.Tensor | None]:
         """Every pack through its graph, its results into fresh tensors, which are made while the device works."""
-        with self._turn():
+        with self._turns.take():
             if len(batch.packs) == 1:
                 return _copies(self._run_pack(pixels, batch.packs[0]))
             outputs = [self._empty(buffer, batch.sizes) for buffer in self._outputs]
@@ -443,39 +424,10 @@ class FusedViT:
             try:
                 return self._oversize.buffers(bucket)
             except ValueError:
-                self._wait()
+                self._turns.wait()
                 self._oversize = None
         self._oversize = Workspace(self._plan, [bucket], self.dtype, self.device, self.tile)
         return self._oversize.buffers(bucket)
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """The workspace is shared: this stream's work starts after the last call's, on whatever stream that was.
-
-        The end is recorded even of a call that fails: what it launched may still be running.
-        """
-        with self._lock, self._on_device():
-            stream = self._current_stream()
-            if self._done is None:
-                self._done = torch.cuda.Event()
-            elif stream is not self._last_stream:
-                stream.wait_event(self._done)
-            self._last_stream = stream
-            try:
-                yield
-            finally:
-                self._done.record(stream)
-
-    def _current_stream(self) -> torch.cuda.Stream:
-        """Asking torch for it costs 9 us, comparing the last call's 1."""
-        last = self._last_stream
-        if last is not None and torch._C._cuda_getCurrentRawStream(last.device_index) == last.cuda_stream:
-            return last
-        return torch.cuda.current_stream()
-
-    def _on_device(self) -> AbstractContextManager[Any]:
-        """Launches need their device current; making it so costs 5 us, asking 1."""
-        return nullcontext() if torch.cuda.current_device() == self.device.index else torch.cuda.device(self.device)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -484,10 +436,10 @@ class FusedViT:
 
     def close(self) -> None:
         """Free graphs, workspace and weights. The encoder cannot be called afterwards."""
-        if self._forked():  # they are the other process's
+        if self._turns.forked():  # they are the other process's
             return
-        with self._lock:
-            self._wait()
+        with self._turns.lock:
+            self._turns.wait()
             self._graphs.clear()
             self.weights.clear()
             self._batch.cache_clear()
@@ -497,14 +449,6 @@ class FusedViT:
             self._for_bytes.clear()
             self._workspace = self._oversize = None
 
-    def _forked(self) -> bool:
-        return self.device.type == "cuda" and os.getpid() != self._process
-
-    def _wait(self) -> None:
-        """Until nothing runs any more: freed memory goes to the stream it came from, which may be none that used it."""
-        if self._done is not None:
-            self._done.synchronize()
-
     def __del__(self) -> None:
-        if not self._forked():
-            self._wait()
+        if not self._turns.forked():
+            self._turns.wait()

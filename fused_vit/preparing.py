@@ -28,7 +28,7 @@ from .errors import FusedVitError, InputError
 from .images import decode_image, read_image
 from .sources import Record, read
 from .spec import TowerSpec
-from .stills import BYTES, first_frames, proven_normalisation
+from .stills import byte_patches, proven_normalisation
 from .videos import prepare_video, read_video
 
 TASK_BYTES, TASK_IMAGES = 1 << 24, 32  # that a worker hands over at once: handing over costs about a millisecond
@@ -105,12 +105,12 @@ class Preparer:
         return decode_image(data, source.key) if isinstance(data, bytes) else read_image(data)
 
     def _prepare(self, image: Any, raw: bool) -> tuple[torch.Tensor, Grid]:
-        if isinstance(image, tuple):
-            call = prepare_video(self.video, *image)
-        else:
-            call = call_of(self.image(images=[image], return_tensors="pt", **(BYTES if raw else {})))
+        if raw:
+            return byte_patches(self.spec, self.image, [image], torch.device("cpu"))
+        video = isinstance(image, tuple)
+        call = prepare_video(self.video, *image) if video else call_of(self.image(images=[image], return_tensors="pt"))
         rows, grid = flatten_call(self.spec, *call)
-        return first_frames(self.spec, rows) if raw else rows.to(self.dtype), grid
+        return rows.to(self.dtype), grid
 
 
 def _reason(source: Any, error: Exception) -> str:
@@ -143,6 +143,13 @@ def as_image(source: Any) -> Any:
 
 
 # --- workers ---
+
+
+def default_workers(processes: int = 1) -> int:
+    """Cores of this process that are not its own, shared with as many processes like it; at most 32."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(32, cores // max(1, processes) - 1))
+
 
 _prepare: Preparer  # of a worker process
 

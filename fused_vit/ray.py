@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .embedding import Embedder, Failed, default_workers
+from .embedding import Embedder, Failed
 from .encoder import load
 from .images import processor
-from .preparing import Preparer, Workers
+from .preparing import Preparer, Workers, default_workers
 
 
 class Encoder:

@@ -1,14 +1,16 @@
-"""Source: where a tower's weights come from, read part by part: a checkpoint, or a live Hugging Face module."""
+"""Source: where a tower's weights come from, part by part: a checkpoint, or a live Hugging Face module."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from .layouts import choose_layout
+from .layouts import choose_layout, parts
 from .spec import PoolSpec, TowerSpec
 from .towers import Tower
 from .weights.checkpoint import Checkpoint
-from .weights.pack import Read
+from .weights.pack import Read, pack_tower
 from .weights.read import check_module, reader
 
 
@@ -34,3 +36,15 @@ def read_module(module: torch.nn.Module, tower: Tower, spec: TowerSpec) -> Read:
     tensors = {name: state[prefix + name] for name in expected if prefix + name in state}
     check_module(type(module).__name__, expected, tensors)
     return reader(layout, spec, tensors)
+
+
+def pack(spec: TowerSpec, read: Read, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    """What the plan's steps read. Raises torch.OutOfMemoryError saying how much the whole tower takes."""
+    try:
+        return pack_tower(spec, read, dtype=dtype, device=device)
+    except torch.OutOfMemoryError as error:
+        size = sum(math.prod(part.shape) for part in parts(spec)) * dtype.itemsize
+        raise torch.OutOfMemoryError(
+            f"the tower's weights take about {size} bytes of {device}, and while it is packed one of them in fp32: "
+            f"free some, or load a smaller tower ({error})"
+        ) from error

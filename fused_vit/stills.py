@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -47,10 +48,30 @@ def byte_patches(
     except (ValueError, ArithmeticError) as error:
         raise InputError(f"images of {[_size(image) for image in given]}: {error}") from error
     pixels, grid = flatten_call(spec, *call_of(batch))
-    return first_frames(spec, pixels).to(device), grid
+    return _first_frames(spec, pixels).to(device), grid
 
 
-def first_frames(spec: TowerSpec, pixels: torch.Tensor) -> torch.Tensor:
+def proven_normalisation(spec: TowerSpec, prepare: Any) -> Normalisation | None:
+    """A processor's mean and std, if all that it does after resizing is to normalise by them: tried on noise, once."""
+    try:
+        numbers = normalisation(prepare, spec.patch.channels)
+        return numbers if _only_normalises(spec, prepare, numbers) else None
+    except (TypeError, ValueError):  # not ours to say: it is taken as it is
+        return None
+
+
+@lru_cache(8)
+def _only_normalises(spec: TowerSpec, prepare: Any, numbers: Normalisation) -> bool:
+    noise = np.random.default_rng(0).integers(0, 256, (397, 301, 3), dtype=np.uint8)
+    pixels, grid = flatten_call(spec, *call_of(prepare(images=[noise], return_tensors="pt")))
+    patches, same = byte_patches(spec, prepare, [noise], torch.device("cpu"))
+    mean, std = (torch.tensor(values)[:, None, None] for values in numbers)
+    normalised = (patches.view(len(patches), len(mean), 1, -1) / 255 - mean) / std
+    frames = normalised.expand(-1, -1, spec.patch.temporal, -1).flatten(1)
+    return grid == same and torch.allclose(frames, pixels, rtol=1e-5, atol=1e-5)
+
+
+def _first_frames(spec: TowerSpec, pixels: torch.Tensor) -> torch.Tensor:
     """uint8 [patches, channels * size * size] of a processor's bytes [patches, features] of stills, in any dtype.
 
     The frames of a still are alike. Raises InputError where these are no bytes.
@@ -60,22 +81,6 @@ def first_frames(spec: TowerSpec, pixels: torch.Tensor) -> torch.Tensor:
     if not torch.equal(patches.to(first.dtype), first):
         raise InputError("the processor resizes to values that are no bytes: call it, and pass its pixel_values")
     return patches
-
-
-def proven_normalisation(spec: TowerSpec, prepare: Any) -> Normalisation | None:
-    """A processor's mean and std, if all that it does after resizing is to normalise by them: tried on noise."""
-    noise = np.random.default_rng(0).integers(0, 256, (397, 301, 3), dtype=np.uint8)
-    try:
-        mean, std = normalisation(prepare, spec.patch.channels)
-        pixels, grid = flatten_call(spec, *call_of(prepare(images=[noise], return_tensors="pt")))
-        patches, same = byte_patches(spec, prepare, [noise], torch.device("cpu"))
-    except (TypeError, ValueError):  # not ours to say: it is taken as it is
-        return None
-    middle, spread = (torch.tensor(numbers)[:, None, None] for numbers in (mean, std))
-    normalised = (patches.view(len(patches), len(mean), 1, -1) / 255 - middle) / spread
-    frames = normalised.expand(-1, -1, spec.patch.temporal, -1).flatten(1)
-    fits = grid == same and torch.allclose(frames, pixels, rtol=1e-5, atol=1e-5)
-    return (mean, std) if fits else None
 
 
 def _pixels(image: Any, i: int, on_device: bool) -> Any:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import fused_vit
-from fused_vit import encoder
+from fused_vit import source
 from fused_vit.buckets import Bucket, as_buckets, choose, ladder
 from fused_vit.encoder import GRIDS
 from tests.towers_hf import random_pixels, tiny_tower
@@ -125,7 +125,7 @@ def test_a_forked_process_is_told_to_load_its_own(tower, pixels, monkeypatch: py
     want = vit(pixels, GRID).pooler_output
     monkeypatch.setattr(os, "getpid", lambda: parent + 1)
     assert torch.equal(vit(pixels, GRID).pooler_output, want), "a CPU survives a fork"
-    vit.device = torch.device("cuda", 0)
+    vit._turns.device = torch.device("cuda", 0)
     for attempt in (vit.warmup, lambda: vit(pixels, GRID)):
         with pytest.raises(ValueError, match=f"process {parent}.*spawn"):
             attempt()
@@ -137,7 +137,7 @@ def test_too_little_memory_to_load_says_how_much_it_takes(tower, vit, monkeypatc
     def short(*about: object, **more: object) -> None:
         raise torch.OutOfMemoryError("tried to allocate a tensor")
 
-    monkeypatch.setattr(encoder, "pack_tower", short)
+    monkeypatch.setattr(source, "pack_tower", short)
     with pytest.raises(torch.OutOfMemoryError, match=r"take about .* bytes of cpu.*tried to allocate") as caught:
         fused_vit.FusedViT.from_module(tower, device="cpu")
     said = int(str(caught.value).split("about ")[1].split(" ")[0])

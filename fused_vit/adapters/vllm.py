@@ -22,9 +22,9 @@ from ..encoder import FusedViT
 from ..errors import CheckpointError, FusedVitError, SpecError
 from ..layouts import Layout, choose_layout
 from ..output import VisionOutput
+from ..source import pack
 from ..spec import ConvMergerSpec, MergerSpec, TowerSpec
 from ..towers import Tower, find_tower, parse_config
-from ..weights.pack import pack_tower
 from ..weights.read import check_module, reader
 
 logger = logging.getLogger("vllm.fused_vit")
@@ -220,7 +220,7 @@ class FusedTower(nn.Module):
         if extra:
             raise CheckpointError(f"tensors that are not of a {self.row.family} tower: {_list(extra)}. {REMEDY}.")
         check_module(f"{self.row.family} tower", expected, self._collected)
-        packed = pack_tower(self.spec, reader(layout, self.spec, self._collected), dtype=self.dtype, device=self.device)
+        packed = pack(self.spec, reader(layout, self.spec, self._collected), self.dtype, self.device)
         self._collected.clear()
         if self._vit is None:
             self._vit = FusedViT(self.spec, packed, max_tokens=self._max_tokens)

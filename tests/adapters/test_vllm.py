@@ -174,13 +174,13 @@ def test_loading_is_not_changed_by_vllms_defaults(monkeypatch: pytest.MonkeyPatc
     """vLLM loads with the model's dtype and device as torch's default, and trainers reload in inference mode."""
     fused, reference, weights = loaded()
     again = construct(QWEN3, reference.config)
-    pack, seen = adapter.pack_tower, []
+    pack, seen = adapter.pack, []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         seen.append((torch.get_default_dtype(), torch.is_inference_mode_enabled(), torch.empty(0).device.type))
         return pack(*args, **kwargs)
 
-    monkeypatch.setattr(adapter, "pack_tower", watched)
+    monkeypatch.setattr(adapter, "pack", watched)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.inference_mode(), torch.device("meta"):
