@@ -71,7 +71,7 @@ MUTANTS = (
            f"{CALLS}::test_a_bad_call_is_one_clear_value_error_and_costs_nothing"),
     Mutant("a closed encoder runs", "fused_vit/encoder.py", "if not self.weights:", "if self.weights is None:",
            f"{ENCODER}::test_stats_count_and_a_closed_encoder_says_so"),
-    Mutant("a fork closes its parent's encoder", "fused_vit/encoder.py", "if self._forked():  # they",
+    Mutant("a fork closes its parent's encoder", "fused_vit/encoder.py", "if self._turns.forked():  # they",
            "if False:  # they", f"{ENCODER}::test_a_forked_process_is_told_to_load_its_own"),
     Mutant("a tile's margin is not counted", "fused_vit/images.py", "(tags.get(322, 1), tags.get(323, 1))", "(1, 1)",
            "tests/test_image_memory.py::test_what_is_crafted_to_take_more_does_not"),
