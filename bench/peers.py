@@ -6,14 +6,17 @@ A peer is bound to one case, so that what it may prepare ahead of a call (a grap
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fused_vit.vllm as plugin
 from bench.assembly import Assembly, Captured
 
 Grids = list[list[int]]
@@ -126,24 +129,31 @@ class Peers:
         return lambda pixels: list(tower(pixels, grid_thw=grids).split(width, 1))
 
 
-def vllm_tower(tower: Any) -> Any:
-    """vLLM's Qwen3-VL tower with a Hugging Face tower's parameters, in a process group of one."""
-    import tempfile
-
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+def vllm_tower(tower: Any, fused: bool = False) -> Any:
+    """What vLLM builds for a Qwen3-VL with a Hugging Face tower's parameters: its own tower or the plug-in's."""
     from vllm.model_executor.models.qwen3_vl import Qwen3_VisionTransformer
 
-    weight = next(tower.parameters())
-    before = torch.get_default_dtype()
+    weight, before = next(tower.parameters()), torch.get_default_dtype()
+    (plugin.enable if fused else plugin.disable)()
     torch.set_default_dtype(weight.dtype)
     try:
-        with set_current_vllm_config(VllmConfig()), torch.device(weight.device):
-            meeting = f"file://{tempfile.mktemp()}"
-            init_distributed_environment(1, 0, distributed_init_method=meeting, local_rank=weight.device.index or 0)
-            initialize_model_parallel(1)
+        with vllm_engine(), weight.device:
             peer = Qwen3_VisionTransformer(tower.config, norm_eps=1e-6)
     finally:
         torch.set_default_dtype(before)
     peer.load_weights(tower.state_dict().items())
-    return peer.to(weight.device).eval()
+    return peer.eval()
+
+
+@contextmanager
+def vllm_engine() -> Iterator[None]:
+    """vLLM's globals as they are while it builds a model of one rank; its process groups stay, for the calls."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.distributed.parallel_state import model_parallel_is_initialized
+
+    with set_current_vllm_config(VllmConfig()):
+        if not model_parallel_is_initialized():
+            init_distributed_environment(1, 0, f"file://{tempfile.mktemp()}", torch.cuda.current_device())
+            initialize_model_parallel()
+        yield

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ import torch
 
 pytest.importorskip("transformers")
 import fused_vit.vllm as plugin
+from bench.peers import vllm_engine
 from fused_vit.adapters.vllm import FusedTower
 from tests import families
 from tests.adapters.vllm_towers import SERVED, construct, expected, tower_class, weights_of
@@ -43,25 +43,16 @@ MODELS = {  # family -> module and class of the model that holds the tower
     "Kimi-VL": ("kimi_vl", "KimiVLForConditionalGeneration"),
     "Kimi-K2.5": ("kimi_k25", "KimiK25ForConditionalGeneration"),
 }
+MOST = 0.02  # of vLLM's own error: 0.20 and 0.23 misplace some frames of GLM's clips, which is no measure for ours
 WIDE = {"Qwen2-VL": {"embed_dim": 128}}  # heads of 64, for vLLM's attention
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[None]:
     """vLLM's globals as they are while it builds a model, of one rank."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import (
-        cleanup_dist_env_and_memory,
-        init_distributed_environment,
-        initialize_model_parallel,
-    )  # fmt: skip
+    from vllm.distributed import cleanup_dist_env_and_memory
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0)
-        initialize_model_parallel()
+    with vllm_engine():
         yield
         cleanup_dist_env_and_memory()
 
@@ -166,7 +157,7 @@ def test_beside_vllms_own_tower(family: Family, engine: None) -> None:
             assert [t.shape for t in ours] == [t.shape for t in theirs]
             assert all(t.dtype == torch.bfloat16 and t.is_cuda for t in ours)
             errors = [relative(torch.cat(out).float().cpu().flatten(), wanted) for out in (ours, theirs)]
-            assert errors[0] <= 2 * errors[1], (name, parallel, errors)
+            assert errors[0] <= 2 * min(errors[1], MOST), (name, parallel, errors)
 
 
 def test_the_first_call_takes_all_memory(engine: None) -> None:
