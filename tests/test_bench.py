@@ -25,6 +25,7 @@ from fused_vit.towers import parse_config
 
 pytest.importorskip("transformers")
 from bench import blocks, encoder, kernels, peers, report, steps, suite, timeline, timing, tune
+from bench import vllm as bench_vllm
 from bench.assembly import Assembly
 from bench.cases import CASES, FILL, PEERS, partly, rectangle
 from tests.families import FAMILIES, build
@@ -316,6 +317,20 @@ def test_a_case_has_every_engine_with_its_error_or_a_reason(bench: encoder.Bench
     assert "vllm" in row["vllm"]["missing"] and row["hf_compiled"] == {"missing": "the time for compiling is spent"}
     assert "ModuleNotFoundError" in bench.peers.reasons["vllm"]
     json.dumps(row, allow_nan=False)
+
+
+def test_towers_in_vllms_process_have_a_speed_only_where_they_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_vllm, "wall_ms", lambda *_: {"median": 2.0})
+    tower = tiny_tower().requires_grad_(False)
+    half = peers.rounded(tower)
+
+    def own(pixels: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+        return torch.cat(peers.hf_call(half, grid_thw.tolist())(pixels), 1)
+
+    row = bench_vllm.measure(tower, half, {"vllm": own, "fused_vit": lambda *a, **k: 1.1 * own(*a, **k)}, GRIDS)
+    assert row["tokens"] == 172 and row["vllm"]["wall_ms"]["median"] == 2.0
+    assert 1e-4 < row["vllm"]["error"] <= row["vllm"]["allowed"] < row["fused_vit"]["error"]
+    assert "wall_ms" not in row["fused_vit"] and bench_vllm.table({"mixed": row}).row_count == 1
 
 
 def test_a_wrong_encoder_has_no_speed(bench: encoder.Bench) -> None:
