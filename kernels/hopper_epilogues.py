@@ -1,6 +1,7 @@
 """What the matmuls on Hopper do with their products: the epilogues of qkv, linear and residual, in Gluon.
 
-Each takes fp32 [rows, 64] of a tile, and the vectors of its rows and columns that hopper_matmul put into shared memory.
+Each takes fp32 [rows, 64] of a tile, what was fetched for it (residual's x), and the vectors of its rows and columns
+that hopper_matmul put into shared memory.
 Results are stored eight columns (16 bytes) a thread.
 """
 
@@ -62,7 +63,9 @@ def pairs(x):
 
 
 @gluon.jit
-def store_linear(y, row, column, rows, N, row_side, column_side, operands, OPTIONS: gl.constexpr, WARPS: gl.constexpr):
+def store_linear(
+    y, fetched, row, column, rows, N, row_side, column_side, operands, OPTIONS: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
     """activation(norm(x) @ W.T + b) into y [rows, N], or [rows, N / 2] if gated."""
     y_ptr, source_ptr = operands
     ACTIVATION: gl.constexpr = OPTIONS[0]
@@ -95,22 +98,36 @@ def store_linear(y, row, column, rows, N, row_side, column_side, operands, OPTIO
 
 
 @gluon.jit
-def store_residual(
-    y, row, column, rows, N, row_side, column_side, operands, OPTIONS: gl.constexpr, WARPS: gl.constexpr
-):
-    """x + a @ W.T + b into out [rows, N], and the sums of its row and of its squares over these 64 columns."""
-    out_ptr, sums_ptr, x_ptr, capacity = operands
-    PARTS: gl.constexpr = OPTIONS[0]
+def residual_at(row, column, rows, N, ROWS: gl.constexpr, WARPS: gl.constexpr):
+    """Offsets of a piece in [rows, N] and which of them exist, 16 bytes a thread."""
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    layout: gl.constexpr = y.type.layout
-    index = gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, STORE))
+    index = gl.arange(0, ROWS, layout=gl.SliceLayout(1, STORE))
     columns = column + gl.arange(0, 64, layout=gl.SliceLayout(0, STORE))
     mask = gl.expand_dims(row + index < rows, 1) & gl.expand_dims(columns < N, 0)
-    at = gl.cast(row, gl.int64) * N + (gl.expand_dims(index * N, 1) + gl.expand_dims(columns, 0))
-    x = gl.convert_layout(gl.load(x_ptr + at, mask=mask, other=0.0), layout)
+    return gl.cast(row, gl.int64) * N + (gl.expand_dims(index * N, 1) + gl.expand_dims(columns, 0)), mask
+
+
+@gluon.jit
+def fetch_residual(row, column, rows, N, operands, ROWS: gl.constexpr, WARPS: gl.constexpr):
+    """x of a piece."""
+    _, _, x_ptr, _ = operands
+    at, mask = residual_at(row, column, rows, N, ROWS, WARPS)
+    return gl.load(x_ptr + at, mask=mask, other=0.0)
+
+
+@gluon.jit
+def store_residual(
+    y, fetched, row, column, rows, N, row_side, column_side, operands, OPTIONS: gl.constexpr, WARPS: gl.constexpr
+):
+    """x + a @ W.T + b into out [rows, N], and the sums of its row and of its squares over these 64 columns."""
+    out_ptr, sums_ptr, _, capacity = operands
+    PARTS: gl.constexpr = OPTIONS[0]
+    layout: gl.constexpr = y.type.layout
+    x = gl.convert_layout(fetched, layout)
     own = column + gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
     y = (y + (column_vector(column_side, 0, layout) + x.to(gl.float32))).to(out_ptr.dtype.element_ty)
-    gl.store(out_ptr + at, gl.convert_layout(y, STORE), mask=mask)
+    at, mask = residual_at(row, column, rows, N, y.shape[0], WARPS)
+    gl.store(out_ptr + at, gl.convert_layout(y, fetched.type.layout), mask=mask)
     y = gl.where(gl.expand_dims(own < N, 0), y.to(gl.float32), 0.0)
     part = column // 64
     own_row = row + gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, layout))
@@ -139,7 +156,9 @@ def rotate(y, row_side, column_side):
 
 
 @gluon.jit
-def store_qkv(y, row, column, rows, N, row_side, column_side, operands, OPTIONS: gl.constexpr, WARPS: gl.constexpr):
+def store_qkv(
+    y, fetched, row, column, rows, N, row_side, column_side, operands, OPTIONS: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
     """rope(norm(x) @ W.T + b), heads first: y [heads, capacity, STRIDE], a one and zeros behind a head."""
     y_ptr, capacity = operands
     HEAD_DIM: gl.constexpr = OPTIONS[0]

@@ -27,14 +27,15 @@ Vectors = tuple[torch.Tensor | None, ...]
 
 def hopper_matmul(
     a: torch.Tensor, weight: torch.Tensor, epilogue: Any, operands: tuple[Any, ...], options: tuple[Any, ...], *,
-    columns: Vectors, places: torch.Tensor | None = None, moments: tuple[torch.Tensor | None, float, bool],
-    config: HopperConfig, programs: int, count: torch.Tensor,
+    fetch: Any = None, columns: Vectors, places: torch.Tensor | None = None,
+    moments: tuple[torch.Tensor | None, float, bool], config: HopperConfig, programs: int, count: torch.Tensor,
 ) -> None:  # fmt: skip
     """epilogue(a @ weight.T) in 16 bits: a [rows, depth], weight [columns, depth], of the rows that count[0] holds.
 
-    epilogue: a Gluon function of a tile's piece, `operands` and `options`. What it finds in shared memory: of rows,
-    1/std and -mean/std by `moments` (sums, eps, centred) and `places` [2, rows]; of columns, the vectors `columns`:
-    bias, column sums, and frequencies [2, columns], all fp32 or None.
+    epilogue: a Gluon function of a tile's piece, `operands` and `options`; fetch: one that loads for it what is of a
+    piece's size, early where registers hold that. What the epilogue finds in shared memory: of rows, 1/std and
+    -mean/std by `moments` (sums, eps, centred) and `places` [2, rows]; of columns, the vectors `columns`: bias, column
+    sums, and frequencies [2, columns], all fp32 or None.
     """
     (rows, depth), dtype = a.shape, _DTYPES[a.dtype]
     sums, eps, centred = moments
@@ -51,7 +52,7 @@ def hopper_matmul(
     hopper_matmul_kernel[(min(programs, tiles),)](
         boxes(a, group_rows), boxes(weight, first), boxes(weight, rest or first),
         operands, columns, places, sums, count, len(weight), depth, 0 if sums is None else sums.shape[2], eps,
-        EPILOGUE=epilogue, OPTIONS=options,
+        FETCH=fetch, EPILOGUE=epilogue, OPTIONS=options,
         PARTS=0 if sums is None else sums.shape[1], CENTRED=centred,
         ROWS=group_rows, FIRST=first, REST=rest, GROUPS=config.groups,
         BUFFERS=config.buffers, PROGRAMS=min(programs, tiles), DTYPE=dtype,
@@ -168,7 +169,8 @@ def prepare_vectors(
 
 @gluon.jit
 def multiply(
-    numbers, shared, vectors, turns, GROUP_ID: gl.constexpr, EPILOGUE: gl.constexpr, OPTIONS: gl.constexpr,
+    numbers, shared, vectors, turns, GROUP_ID: gl.constexpr,
+    FETCH: gl.constexpr, EPILOGUE: gl.constexpr, OPTIONS: gl.constexpr,
     ROWS: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr, GROUPS: gl.constexpr,
     BUFFERS: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
@@ -182,6 +184,8 @@ def multiply(
     PART: gl.constexpr = 0 if ALTERNATE else GROUP_ID  # of a tile's rows
     STRIDE: gl.constexpr = GROUPS * PROGRAMS if ALTERNATE else PROGRAMS
     PIECES: gl.constexpr = (FIRST + REST) // 64
+    # Before the main loop, which hides the load's latency.
+    EARLY: gl.constexpr = FETCH is not None and GROUPS == 1 and PIECES == 1
     WARPS: gl.constexpr = 8 if GROUPS == 1 and ROWS > 64 else 4
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, FIRST, 16])
     layout_rest: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, REST if REST > 0 else 16, 16])
@@ -191,6 +195,8 @@ def multiply(
     turn = 0
     for tile in range(gl.program_id(0) + OWN * PROGRAMS, gl.cdiv(rows, ROWS * SHARING) * tiles_n, STRIDE):
         row, column = (tile // tiles_n * SHARING + PART) * ROWS, tile % tiles_n * (FIRST + REST)
+        if EARLY:
+            early = FETCH(row, column, rows, N, operands, ROWS, WARPS)
         acc = gl.zeros([ROWS, FIRST], gl.float32, layout)
         if REST > 0:
             acc_rest = gl.zeros([ROWS, REST], gl.float32, layout_rest)
@@ -224,8 +230,14 @@ def multiply(
         if REST > 0:
             pieces += (acc_rest,)
         for i in gl.static_range(PIECES):
+            at = column + i * 64
             own_columns = (column_side, (OWN * PIECES + i) * 4)
-            EPILOGUE(pieces[i], row, column + i * 64, rows, N, own_rows, own_columns, operands, OPTIONS, WARPS)
+            fetched = None
+            if EARLY:
+                fetched = early
+            elif FETCH is not None:
+                fetched = FETCH(row, at, rows, N, operands, ROWS, WARPS)
+            EPILOGUE(pieces[i], fetched, row, at, rows, N, own_rows, own_columns, operands, OPTIONS, WARPS)
         mbarrier.arrive(used.index(OWN), count=1)
         turn += 1
 
@@ -236,7 +248,7 @@ def hopper_matmul_kernel(
     operands, columns, places_ptr,             # of the epilogue; fp32 [N] each; fp32 [2, capacity]
     sums_ptr, count_ptr,                       # fp32 [2, PARTS, capacity]; rows at [0]
     N, K, capacity, eps,
-    EPILOGUE: gl.constexpr, OPTIONS: gl.constexpr, PARTS: gl.constexpr, CENTRED: gl.constexpr,
+    FETCH: gl.constexpr, EPILOGUE: gl.constexpr, OPTIONS: gl.constexpr, PARTS: gl.constexpr, CENTRED: gl.constexpr,
     ROWS: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr, GROUPS: gl.constexpr,
     BUFFERS: gl.constexpr, PROGRAMS: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
@@ -273,7 +285,7 @@ def hopper_matmul_kernel(
         gl.warp_specialize(
             [
                 (multiply, (
-                    numbers, shared, vectors, turns, 0, EPILOGUE, OPTIONS,
+                    numbers, shared, vectors, turns, 0, FETCH, EPILOGUE, OPTIONS,
                     ROWS, FIRST, REST, GROUPS, BUFFERS, PROGRAMS,
                 )),
                 (load_operands, (
@@ -290,11 +302,11 @@ def hopper_matmul_kernel(
         gl.warp_specialize(
             [
                 (multiply, (
-                    numbers, shared, vectors, turns, 0, EPILOGUE, OPTIONS,
+                    numbers, shared, vectors, turns, 0, FETCH, EPILOGUE, OPTIONS,
                     ROWS, FIRST, REST, GROUPS, BUFFERS, PROGRAMS,
                 )),
                 (multiply, (
-                    numbers, shared, vectors, turns, 1, EPILOGUE, OPTIONS,
+                    numbers, shared, vectors, turns, 1, FETCH, EPILOGUE, OPTIONS,
                     ROWS, FIRST, REST, GROUPS, BUFFERS, PROGRAMS,
                 )),
                 (load_operands, (
@@ -311,15 +323,15 @@ def hopper_matmul_kernel(
         gl.warp_specialize(
             [
                 (multiply, (
-                    numbers, shared, vectors, turns, 0, EPILOGUE, OPTIONS,
+                    numbers, shared, vectors, turns, 0, FETCH, EPILOGUE, OPTIONS,
                     ROWS, FIRST, REST, GROUPS, BUFFERS, PROGRAMS,
                 )),
                 (multiply, (
-                    numbers, shared, vectors, turns, 1, EPILOGUE, OPTIONS,
+                    numbers, shared, vectors, turns, 1, FETCH, EPILOGUE, OPTIONS,
                     ROWS, FIRST, REST, GROUPS, BUFFERS, PROGRAMS,
                 )),
                 (multiply, (
-                    numbers, shared, vectors, turns, 2, EPILOGUE, OPTIONS,
+                    numbers, shared, vectors, turns, 2, FETCH, EPILOGUE, OPTIONS,
                     ROWS, FIRST, REST, GROUPS, BUFFERS, PROGRAMS,
                 )),
                 (load_operands, (

@@ -35,12 +35,12 @@ def residual(
     arch, programs = device_arch(x.device), multiprocessors(x.device)
     hopper = hopper_config("residual", rows, width, depth, x.dtype, arch, programs)
     if hopper:
-        from .hopper_epilogues import store_residual  # another triton may not have what it imports
+        from .hopper_epilogues import fetch_residual, store_residual  # another triton may not have what it imports
         from .hopper_matmul import hopper_matmul
 
         hopper_matmul(
-            a, weight, store_residual, (out, sums, x, rows), (sums.shape[1],), columns=(bias, None, None, None),
-            moments=(None, 0.0, True), config=hopper, programs=programs, count=count,
+            a, weight, store_residual, (out, sums, x, rows), (sums.shape[1],), fetch=fetch_residual,
+            columns=(bias, None, None, None), moments=(None, 0.0, True), config=hopper, programs=programs, count=count,
         )  # fmt: skip
         return
     c = gemm_config("residual", rows, x.dtype, arch)

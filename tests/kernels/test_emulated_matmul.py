@@ -109,7 +109,8 @@ class Case:
         emulator.launch(
             matmul.hopper_matmul_kernel, programs, *boxes, operands, columns, places,
             pointer(self.sums) if normed else None, pointer(np.array([self.rows])),
-            self.columns, self.depth, self.capacity, EPS, store, options,
+            self.columns, self.depth, self.capacity, EPS,
+            epilogues.fetch_residual if self.op == "residual" else None, store, options,
             2 if normed else 0, True, group, first, rest, config.groups, config.buffers, programs, "bfloat16",
         )  # fmt: skip
         y = y.swapaxes(0, 1) if self.op == "qkv" else y
@@ -156,7 +157,7 @@ BREAKS = {  # what a bug would make of a line of the matmul
     "vectors of the last tile": ("        mbarrier.arrive(used.index(OWN), count=1)\n", ""),
     "the other piece's columns": ("FIRST + REST) + piece * 64 + gl", "FIRST + REST) + gl"),
     "columns for rows": ("(places_ptr, capacity + offs, capacity + rows)", "(places_ptr, offs, rows)"),
-    "one piece twice": ("EPILOGUE(pieces[i], row", "EPILOGUE(pieces[0], row"),
+    "one piece twice": ("EPILOGUE(pieces[i], fetched, row", "EPILOGUE(pieces[0], fetched, row"),
 }  # fmt: skip
 EPILOGUE_BREAKS = {
     "row past the last": (
