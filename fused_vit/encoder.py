@@ -125,6 +125,9 @@ class FusedViT:
         tile = self.tile if self.device.type == "cuda" else None
         self._batch = lru_cache(GRIDS)(partial(make_batch, spec, self.buckets, tile))
         self._views: WeakKeyDictionary[Pack, Views] = WeakKeyDictionary()
+        if self.device.type == "cuda":
+            with self._turns.take():
+                pass  # the first turn, on the stream that packs the weights: calls on others wait for them
 
     @classmethod
     def from_module(
@@ -226,11 +229,12 @@ class FusedViT:
         """
         self._check_usable()
         self._check_tensor(pixel_values)
-        pixels, grid = flatten_call(self.spec, pixel_values.detach(), grid_thw)
+        values = pixel_values.detach() if pixel_values.requires_grad else pixel_values  # a dispatch less
+        pixels, grid = flatten_call(self.spec, values, grid_thw)
         batch = self._batch(tuple(map(tuple, grid)), len(pixels))
         if self.device.type == "cpu":
-            values = pixels if self.spec.patch.bytes else pixels.to(self.dtype)
-            outputs = define(self._plan, self.weights, values, batch.items)
+            pixels = pixels if self.spec.patch.bytes else pixels.to(self.dtype)
+            outputs = define(self._plan, self.weights, pixels, batch.items)
         else:
             outputs = self._run(pixels, batch)
         with self._turns.lock:

@@ -26,6 +26,18 @@ GRIDS = [
 CYCLES = 200_000_000  # of a busy stream: a tenth of a second
 
 
+def test_a_first_call_on_another_stream_waits_for_the_weights() -> None:
+    """Of a size beyond the graphs, since making one waits for the whole device."""
+    first = encoder(buckets=[64])
+    case = pixels_of(first, [[1, 16, 16]]), [[1, 16, 16]]
+    want = flat(first(*case))
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(10 * CYCLES)
+        vit = encoder(buckets=[64])
+    assert same(flat(vit(*case)), want)
+
+
 def test_eight_threads_get_their_own_answers(record_property: Any) -> None:
     """Each result is checked when five later calls of its thread are done, and not before.
 
