@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 
 from .buckets import Bucket
@@ -333,7 +334,9 @@ class _Slot:
             self.device = torch.empty(size, dtype=torch.uint8, device=self.vit.device)
             self.stream.wait_stream(torch.cuda.current_stream())  # whose work may still use that memory
         host, device = (buffer[:size].view(dtype).view(rows, features) for buffer in (self.host, self.device))
-        torch.cat(list(pixels), out=host)
+        # One thread: workers' pixels are new pages of shared memory, for which torch's threads queue up in the kernel.
+        # Of 13 MB torch.cat took 62 to 217 ms, numpy 2.4.
+        np.concatenate([p.view(torch.uint8).numpy() for p in pixels], out=host.view(torch.uint8).numpy())
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(self.free)
             events.append(_event())
