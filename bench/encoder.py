@@ -131,7 +131,8 @@ def peer(
 
 def ours(bench: Bench, grids: Grids, pixels: torch.Tensor, truth: list[torch.Tensor], allowed: float) -> dict[str, Any]:
     """Our error and times; a tower that gives other bits the second time is as wrong as one that is far off."""
-    vit, grid, bucket = bench.vit, torch.tensor(grids), bench.bucket(grids)
+    vit, bucket = bench.vit, bench.bucket(grids)
+    grid = torch.tensor(grids, device=vit.device)
     first = outputs(vit(pixels, grid))
     same = all(
         all(map(torch.equal, first, outputs(vit(pixels, grid)))) for _ in range(3)
