@@ -143,10 +143,15 @@ def environment() -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError):
             return "unknown"
 
+    def asked(what: str) -> str:
+        """nvidia-smi's answer about this device. It counts all of them, so it is asked by name."""
+        uuid = f"GPU-{torch.cuda.get_device_properties().uuid}"
+        return run("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", f"--id={uuid}")
+
     return {
         "device": torch.cuda.get_device_name(),
-        "driver": run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "clocks_mhz": run("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader"),
+        "driver": asked("driver_version"),
+        "clocks_mhz": asked("clocks.sm,clocks.mem"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,

@@ -2,6 +2,7 @@
 
 python -m tests.sanitize         # or: make sanitize; needs an NVIDIA GPU and compute-sanitizer, takes some minutes
 python -m tests.sanitize --tower "heads of 64" --dtype float16        # what runs under it, without it
+python -m tests.sanitize --tool racecheck       # only this tool; the report keeps what the other one said
 Plain launches, no graph, of towers of two blocks in a bucket of a few hundred rows. Each buffer is an allocation of its
 own, filled with NaN, so that memcheck sees a kernel leave it, and racecheck sees two warps meet in shared memory.
 """
@@ -9,6 +10,7 @@ own, filled with NaN, so that memcheck sees a kernel leave it, and racecheck see
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -55,7 +57,10 @@ TOWERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 EVERY_FORM = ("heads of 72", "windows, gated, heads of 80")
 GRID = [[1, 14, 18], [1, 2, 2], [2, 6, 10]]
-ERROR = re.compile(r"^========= ((?:Invalid|Misaligned|Program hit|Error:|Warning:|Race reported|Potential).*)$", re.M)
+BARRIERS = 64  # of a program: the tools count what nvcc says a kernel has, and these are not of nvcc
+ERROR = re.compile(r"^========= ((?:Invalid|Misaligned|Program hit|Error:|Warning:|Potential).*)$", re.M)
+RACE = re.compile(r"^========= (?:Error|Warning): Race reported between (.*)\n((?:=========\s+and .*\n)+)", re.M)
+SIDE = re.compile(r"(\w+) access at \S+ in (\S+)")
 SUMMARY = re.compile(r"^========= (?:ERROR|RACECHECK) SUMMARY: (.*)$", re.M)
 
 
@@ -128,21 +133,27 @@ def find_sanitizer() -> str | None:
 
 
 def read(output: str) -> dict[str, Any]:
-    """What a sanitizer's output says: its summary, how many errors, and of what kind. No summary is an error too."""
+    """What a sanitizer's output says: its summary, how many errors, and of what kind. No summary is an error too.
+
+    A race's kind is the lines of its two sides.
+    """
     summary = SUMMARY.search(output)
     counts = [int(n) for n in re.findall(r"(\d+) (?:error|hazard)", summary[1])] if summary else []
-    kinds = Counter(re.sub(r"0x[0-9a-f]+|\d+", "N", line) for line in ERROR.findall(output))
+    kinds = Counter(re.sub(r"0x[0-9a-f]+|\d+", "N", line) for line in ERROR.findall(RACE.sub("", output)))
+    for sides in RACE.findall(output):
+        kinds[" and ".join(f"{access} in {line}" for access, line in SIDE.findall("\n".join(sides)))] += 1
     return {
         "summary": summary[1] if summary else "none",
         "errors": max(counts) if counts else 1,
-        "kinds": dict(kinds.most_common(20)),
+        "kinds": dict(kinds.most_common(40)),
         "ran": sorted(re.findall(r"^ran (.*)$", output, re.M)),
     }
 
 
 def checked(sanitizer: str, tool: str, kind: str, seconds: float) -> dict[str, Any]:
     """Every tower in a dtype under one tool, in one process: starting it takes longer than the launches."""
-    command = [sanitizer, "--tool", tool, "--target-processes", "application-only"]
+    command = [sanitizer, "--tool", tool, "--target-processes", "application-only", "--print-limit", "10000"]
+    command += ["--num-cuda-barriers", str(BARRIERS)]
     command += [sys.executable, "-m", "tests.sanitize", "--dtype", kind]
     settings = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     start = time.monotonic()
@@ -186,8 +197,9 @@ def main() -> None:
         list(compiling.map(lambda part: subprocess.run(part, cwd=ROOT, check=True, stdout=subprocess.DEVNULL), parts))
     with ThreadPoolExecutor(len(jobs)) as threads:
         found = list(threads.map(lambda job: checked(sanitizer, *job, arguments.seconds), jobs))
-    runs = {f"{tool}, {kind}": run for (tool, kind), run in zip(jobs, found, strict=True)}
-    save({"environment": about, "runs": runs}, arguments.out)
+    runs = {f"{tool}, {kind}": {"commit": about["commit"]} | run for (tool, kind), run in zip(jobs, found, strict=True)}
+    before = json.loads(arguments.out.read_text())["runs"] if arguments.out.exists() else {}
+    save({"environment": about, "runs": before | runs}, arguments.out)
     for name, run in runs.items():
         print(f"{name}: {run['summary']} in {run['seconds']} s")
     sys.exit(any(map(bad, runs.values())))

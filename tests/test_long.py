@@ -42,6 +42,15 @@ ran heads of 64, bfloat16, plain
 ========= Invalid __global__ read of size 2 bytes
 ========= ERROR SUMMARY: 2 errors
 """
+RACES = """========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at hopper_attention_kernel+0x4b60 in hopper_attention.py:113
+=========     and Read access at hopper_attention_kernel+0x2a30 in hopper_attention.py:112 [512 hazards]
+=========     and Write access at hopper_attention_kernel+0x2b30 in hopper_attention.py:113 [16 hazards]
+=========
+========= Warning: Detected overflow of tracked cuda::barrier structures. Results might be incorrect.
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+SIDES = ("Write", 113), ("Read", 112), ("Write", 113)
 
 
 @pytest.mark.parametrize(
@@ -51,9 +60,15 @@ ran heads of 64, bfloat16, plain
         (FOUND, 2, {"Invalid __global__ read of size N bytes": 2}),
         ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0, {}),
         ("========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)\n", 3, {}),
+        (
+            RACES,
+            1,
+            {" and ".join(f"{access} in hopper_attention.py:{line}" for access, line in SIDES): 1}
+            | {"Warning: Detected overflow of tracked cuda::barrier structures. Results might be incorrect.": 1},
+        ),
         ("", 1, {}),
     ],
-    ids=["clean", "reads out of bounds", "no race", "races", "nothing"],
+    ids=["clean", "reads out of bounds", "no race", "races", "a race's lines", "nothing"],
 )
 def test_a_sanitizers_output_is_read(output: str, errors: int, kinds: dict[str, int]) -> None:
     found = sanitize.read(output)
