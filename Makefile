@@ -43,7 +43,7 @@ test: $(STAMP) $(OLDER)/.done
 vllm:
 	$(PYTHON) -m venv $(VLLM_VENV)
 	@if $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check '$(VLLM)' -e '.[hf]' pytest; then \
-		$(VLLM_VENV)/bin/python -m pytest -q -rs tests/adapters/test_vllm.py tests/adapters/test_vllm_installed.py \
+		$(VLLM_VENV)/bin/python -m pytest -q -rs -o faulthandler_timeout=120 tests/adapters/test_vllm.py tests/adapters/test_vllm_installed.py \
 			tests/adapters/test_vllm_gpu.py; \
 	else echo "skipped: $(VLLM) cannot be installed here (see pip's reason above)"; fi
 

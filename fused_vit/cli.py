@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from . import __version__
@@ -222,6 +222,7 @@ def embed(
     A second run does what is left, and nothing where nothing is. Failures are in OUTPUT/_report-*.json.
     """
     from .archive import Job, devices_of, local_rank, part_of, run, run_on
+    from .progress import EmbedProgress
 
     if shard_images < 1:
         raise InputError(f"--shard-images is {shard_images}; expected at least 1")
@@ -258,32 +259,6 @@ def embed(
 
 
 SHOWN = 20  # failures, of as many as there are in the report
-
-
-class EmbedProgress:
-    """A bar over all shards of this command: images, how many a second, and how much of the time devices encoded."""
-
-    def __init__(self) -> None:
-        said = TextColumn("{task.fields[rate]}")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), said, TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True))
-        self.task = self.bar.add_task("embedding", total=None, rate="")
-        self.states: dict[int, Any] = {}
-
-    def __enter__(self) -> EmbedProgress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def tell(self, state: Any) -> None:
-        self.states[state.part] = state
-        states = list(self.states.values())
-        rate = sum(one.done / one.seconds for one in states if one.seconds)
-        busy = sum(one.busy for one in states) / len(states)
-        total, ready = sum(one.total for one in states), sum(one.before + one.done + one.failures for one in states)
-        self.bar.update(self.task, total=total, completed=ready, rate=f"{rate:.1f} images/s, encoding {busy:.0%}")
 
 
 @app.command()

@@ -25,6 +25,7 @@ LAYERS = (
     ("pca", "parity", "metrics", "adapters"),
     ("encoding", "ray", "vllm"),
     ("archive",),
+    ("progress",),
     ("cli",),
 )
 RANK = {name: i for i, row in enumerate(LAYERS) for name in row}
@@ -41,8 +42,8 @@ THIRD_PARTY = {  # package -> modules that may import it; torch is everybody's
     "av": {"videos"},
     "pyarrow": {"sources", "shards", "archive"},
     "typer": {"cli"},
-    "rich": {"cli", "streams"},
-    "numpy": {"images", "pca", "stills", "weights", "videos", "preparing", "streams", "shards", "ray"},
+    "rich": {"cli", "progress", "streams"},
+    "numpy": {"images", "pca", "stills", "weights", "videos", "preparing", "embedding", "streams", "shards", "ray"},
     "PIL": {"images", "pca", "preparing"},
     "prometheus_client": {"metrics"},
     "vllm": {"adapters"},
