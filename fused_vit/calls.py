@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from einops import rearrange
+from torch.masked import MaskedTensor
 
 from .errors import InputError
 from .spec import TowerSpec
 
 Grid = torch.Tensor | Sequence[Sequence[int]]
+# What torch reads and converts; it has more dtypes, of fewer bits or quantized, of which it can do neither.
+INTEGERS = frozenset({
+    torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+})  # fmt: skip
+FLOATS = frozenset({
+    torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
+})  # fmt: skip
 
 
 def flatten_call(spec: TowerSpec, pixels: torch.Tensor, grid: Grid | None) -> tuple[torch.Tensor, list[list[int]]]:
@@ -42,15 +51,16 @@ def call_of(batch: Any) -> tuple[Any, Any]:
 
 def check_dense(name: str, tensor: torch.Tensor) -> None:
     """A tensor whose numbers lie in memory. Raises InputError."""
-    if tensor.is_nested or tensor.is_meta or tensor.layout is not torch.strided:
-        kind = "nested" if tensor.is_nested else "on meta" if tensor.is_meta else tensor.layout
+    masked = isinstance(tensor, MaskedTensor)
+    if masked or tensor.is_nested or tensor.is_meta or tensor.layout is not torch.strided:
+        kind = "masked" if masked else "nested" if tensor.is_nested else "on meta" if tensor.is_meta else tensor.layout
         raise InputError(f"{name} is {kind}; expected a dense tensor with values")
 
 
 def read_grid(grid: Grid, columns: tuple[int, ...] = (3,)) -> list[list[int]]:
     """The grid as lists of (t, h, w); where two columns are allowed, they are (h, w) of stills."""
     if isinstance(grid, torch.Tensor):
-        if grid.is_floating_point() or grid.is_complex() or grid.dtype == torch.bool:
+        if grid.dtype not in INTEGERS:
             raise InputError(f"grid_thw is {grid.dtype}; expected integers")
         check_dense("grid_thw", grid)
         shape, rows = tuple(grid.shape), grid
@@ -58,10 +68,11 @@ def read_grid(grid: Grid, columns: tuple[int, ...] = (3,)) -> list[list[int]]:
         try:
             rows = torch.tensor([list(row) for row in grid])
         except (TypeError, ValueError, RuntimeError) as error:  # torch says RuntimeError of None
-            raise InputError(f"grid_thw is {grid!r}; expected [images, 3] integers (t, h, w)") from error
+            raise InputError(f"grid_thw is {reprlib.repr(grid)}; expected [images, 3] integers (t, h, w)") from error
         shape = tuple(rows.shape)
-        if rows.is_floating_point() and rows.numel():
-            raise InputError("grid_thw holds fractions; expected integers")
+        if rows.dtype not in INTEGERS and rows.numel():
+            kind = "fractions" if rows.is_floating_point() else rows.dtype
+            raise InputError(f"grid_thw holds {kind}; expected integers")
     if len(shape) != 2 or shape[1] not in columns:
         raise InputError(
             f"grid_thw has shape {list(shape)}; expected [images, 3] of (frames, height, width) in patches"

@@ -15,7 +15,7 @@ import torch
 
 from .batch import Batch, Pack, Views, make_batch
 from .buckets import Bucket, as_buckets, ladder
-from .calls import Grid, check_dense, flatten_call
+from .calls import FLOATS, Grid, check_dense, flatten_call
 from .errors import InputError
 from .executor import define, launch
 from .graphs import BucketGraph, capture
@@ -70,7 +70,12 @@ def load(
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    place = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:  # a word that is no device
+        raise InputError(f"device is {device!r}; supported: cuda (kernels and graphs), cpu (the definition)") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device is {place}, and torch sees no CUDA device here; take cpu (the definition)")
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
     if place.type not in ("cuda", "cpu"):
@@ -181,22 +186,29 @@ class FusedViT:
         return self._plan
 
     def stats(self) -> dict[str, Any]:
-        """Calls, images, rows asked and rows of capacity they ran in, of each bucket too; bytes, capture seconds."""
+        """Calls, images, rows asked and rows of capacity they ran in, of each bucket too; bytes, capture seconds.
+
+        Those of photographs as bytes are among them: `encode_images`, `encode`, `stream`.
+        """
+        both = (self, *self._for_bytes.copy().values())
+        counts, replays, asked = Counter[str](), Counter[Bucket](), Counter[Bucket]()
+        graphs: list[BucketGraph] = []
+        for vit in both:  # copies: other threads count and capture meanwhile
+            counts.update(vit._counts.copy())
+            replays.update(vit._replays.copy())
+            asked.update(vit._asked.copy())
+            graphs += vit._graphs.copy().values()
         return {
             "backend": self.backend,
-            **{k: self._counts[k] for k in ("calls", "images", "rows", "bucket_rows", "oversize_calls")},
+            **{k: counts[k] for k in ("calls", "images", "rows", "bucket_rows", "oversize_calls")},
             "buckets": {
-                f"{b.tokens}x{b.segments}": {
-                    "replays": self._replays[b],
-                    "rows": self._asked[b],
-                    "capacity": self._replays[b] * b.tokens,
-                }
+                f"{b.tokens}x{b.segments}": {"replays": replays[b], "rows": asked[b], "capacity": replays[b] * b.tokens}
                 for b in self.buckets
             },
-            "graphs": len(self._graphs),
-            "capture_seconds": sum(g.capture_seconds for g in self._graphs.values()),
+            "graphs": len(graphs),
+            "capture_seconds": sum(graph.capture_seconds for graph in graphs),
             "weight_bytes": self.weight_bytes,
-            "workspace_bytes": self.workspace_bytes,
+            "workspace_bytes": sum(vit.workspace_bytes for vit in both),
         }
 
     # --- running ---
@@ -206,6 +218,7 @@ class FusedViT:
         self._check_usable()
         if self.device.type == "cuda":
             with self._turns.take(), torch.no_grad():
+                self._check_usable()  # it may have been closed while others had their turn
                 for bucket in reversed(self.buckets):
                     self._graph(bucket)
         return self
@@ -227,6 +240,7 @@ class FusedViT:
         Raises:
             InputError: (a ValueError) before anything is launched; the encoder stays usable.
         """
+        weights = self.weights  # of this call, should another thread close the encoder meanwhile
         self._check_usable()
         self._check_tensor(pixel_values)
         values = pixel_values.detach() if pixel_values.requires_grad else pixel_values  # a dispatch less
@@ -234,7 +248,8 @@ class FusedViT:
         batch = self._batch(tuple(map(tuple, grid)), len(pixels))
         if self.device.type == "cpu":
             pixels = pixels if self.spec.patch.bytes else pixels.to(self.dtype)
-            outputs = define(self._plan, self.weights, pixels, batch.items)
+            with torch.autocast("cpu", enabled=False):  # which would round what runs in float32
+                outputs = define(self._plan, weights, pixels, batch.items)
         else:
             outputs = self._run(pixels, batch)
         with self._turns.lock:
@@ -268,8 +283,8 @@ class FusedViT:
     def for_bytes(self, mean: tuple[float, ...], std: tuple[float, ...]) -> FusedViT:
         """This tower for uint8 pixels [patches, channels * size * size] of stills, which it normalises itself.
 
-        It has its own graphs, workspace and counters; the weights are shared. The next call with these numbers returns
-        it again.
+        It has its own graphs and workspace, which this one's `stats` count; the weights are shared. The next call with
+        these numbers returns it again.
         """
         self._check_usable()
         with self._turns.lock:
@@ -350,7 +365,7 @@ class FusedViT:
         check_dense("pixel_values", pixels)
         if self.spec.patch.bytes and pixels.dtype != torch.uint8:
             raise InputError(f"pixel_values is {pixels.dtype}; expected uint8, which this encoder normalises itself")
-        if not self.spec.patch.bytes and not pixels.is_floating_point():
+        if not self.spec.patch.bytes and pixels.dtype not in FLOATS:
             raise InputError(f"pixel_values is {pixels.dtype}; expected floating point, normalised by the processor")
         if pixels.device != self.device:
             raise InputError(f"pixel_values is on {pixels.device}; the encoder is on {self.device}: move it there")
@@ -358,6 +373,7 @@ class FusedViT:
     def _run(self, pixels: torch.Tensor, batch: Batch) -> list[torch.Tensor | None]:
         """Every pack through its graph, its results into fresh tensors, which are made while the device works."""
         with self._turns.take():
+            self._check_usable()  # it may have been closed while others had their turn
             if len(batch.packs) == 1:
                 return _copies(self._run_pack(pixels, batch.packs[0]))
             outputs = [self._empty(buffer, batch.sizes) for buffer in self._outputs]
@@ -445,7 +461,7 @@ class FusedViT:
         with self._turns.lock:
             self._turns.wait()
             self._graphs.clear()
-            self.weights.clear()
+            self.weights = {}
             self._batch.cache_clear()
             self._views.clear()
             for encoder in self._for_bytes.values():

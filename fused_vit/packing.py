@@ -18,6 +18,7 @@ HEADER = 8  # rows, merged rows, images, attention tiles, windows, 3 unused
 # image with the n-th longest segments in the n-th place: its first attention tile, its number
 FIELDS = 10
 ROWS, MERGED, IMAGES, TILES, WINDOWS = range(5)
+MOST_PATCHES = 1 << 30  # of a call: the table's integers have 32 bits, and a class token may stand beside every patch
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,10 @@ def items(spec: TowerSpec, grid: Sequence[Sequence[int]], rows: int) -> list[Ite
         raise InputError(
             f"pixel_values has {rows} rows but grid_thw describes {total} patches in {len(grid)} images; "
             "pass the pixel_values and the grid of the same processor call"
+        )
+    if total > MOST_PATCHES:
+        raise InputError(
+            f"grid_thw describes {total} patches; expected at most {MOST_PATCHES} in a call (send fewer images at once)"
         )
     clip, pool = spec.attention.segments == "clip", isinstance(spec.merger, PoolSpec)
     return [

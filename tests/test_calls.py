@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.masked import masked_tensor
 
 import fused_vit
 from fused_vit.errors import InputError
@@ -75,6 +76,9 @@ BAD_PIXELS: dict[str, tuple[Any, str]] = {
     "uint8": (X.byte(), "uint8.*normalised by the processor"),
     "bool": (X.bool(), "bool"),
     "complex": (X.to(torch.complex64), "complex64"),
+    "four bits": (torch.zeros(ROWS, FEATURES // 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "float4"),
+    "quantized": (torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), "qint8"),
+    "masked": (masked_tensor(X, X == 0), "masked"),
     "on meta": (X.to("meta"), "meta"),
     "sparse": (X.to_sparse(), "sparse"),
     "sparse columns": (X.to_sparse(1), "sparse"),
@@ -103,6 +107,12 @@ BAD_GRIDS: dict[str, tuple[Any, str]] = {
     "half": (G.half(), "integers"),
     "bool": (torch.ones(2, 3, dtype=torch.bool), "integers"),
     "complex": (G.to(torch.complex64), "integers"),
+    "complex in lists": ([[1 + 0j, 4, 6], [2, 6, 4]], "complex64; expected integers"),
+    "quantized": (torch.quantize_per_tensor(G.float(), 1.0, 0, torch.qint8), "qint8"),
+    "seven bits": (G.to(torch.uint8).view(torch.uint7), "uint7"),
+    "bits": (G.to(torch.uint8).view(torch.bits8), "bits8"),
+    "masked": (masked_tensor(G, G > 0), "masked"),
+    "a million words": ([["x"] * 10**6], r"^.{,200}$"),
     "fractions": ([[1.0, 4.5, 6.0]], "integers"),
     "not a number": ([[1.0, float("nan"), 6.0]], "integers"),
     "on meta": (G.to("meta"), "dense"),
@@ -124,20 +134,27 @@ BAD_GRIDS: dict[str, tuple[Any, str]] = {
     "a frame too many": ([[1, 4, 6], [3, 6, 4]], "72 rows.*96 patches"),
     "beyond 32 bits": ([[1 << 31, 2, 2]], "rows"),
     "a product beyond 64 bits": ([[1 << 40, 1 << 20, 1 << 20]], "rows"),
+    "more rows than 32 bits count": ([[1 << 31, 2, 2]], "at most 1073741824"),
     "an integer beyond 64 bits": ([[1 << 70, 2, 2]], "grid_thw"),
 }
 CALLS = {
     **{f"pixels: {name}": (bad, GRID, says) for name, (bad, says) in BAD_PIXELS.items()},
     **{f"grid: {name}": (X, bad, says) for name, (bad, says) in BAD_GRIDS.items()},
 }
+CALLS["grid: more rows than 32 bits count"] = (
+    X[:1].expand(1 << 33, FEATURES),
+    *BAD_GRIDS["more rows than 32 bits count"],
+)
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_bad_call_is_one_clear_value_error_and_costs_nothing(
-    vit: fused_vit.FusedViT, pixels: torch.Tensor, want: torch.Tensor, name: str
+    vit: fused_vit.FusedViT, pixels: torch.Tensor, want: torch.Tensor, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Before anything runs."""
     bad, grid, message = CALLS[name]
-    with pytest.raises(InputError, match=message):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=message):
+        patch.setattr(fused_vit.encoder, "define", lambda *_: pytest.fail("it ran"))
         vit(bad, grid)
     assert torch.equal(vit(pixels, GRID).pooler_output, want)
 
@@ -185,7 +202,13 @@ def test_any_view_of_the_same_numbers_gives_the_same_bits(
     assert torch.equal(out, want) and not out.requires_grad
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=lambda m: m.__name__)
+def autocast() -> Any:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode, torch.enable_grad, autocast], ids=lambda m: m.__name__
+)
 def test_modes_change_nothing(vit: fused_vit.FusedViT, pixels: torch.Tensor, want: torch.Tensor, mode: Any) -> None:
     with mode():
         assert torch.equal(vit(pixels, GRID).pooler_output, want)
@@ -222,7 +245,7 @@ def test_inputs_may_be_overwritten_after_the_call(vit: fused_vit.FusedViT, pixel
 
 # --- fuzzed ones ---
 
-leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.complex_numbers() | st.text(max_size=3)
 anything = st.recursive(leaves, lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner), max_leaves=12)
 sides = st.integers(-2, 9)
 nearly = st.lists(st.lists(sides, min_size=2, max_size=4), max_size=4)
@@ -232,7 +255,7 @@ valid = st.lists(
 integers = st.sampled_from([torch.uint8, torch.int8, torch.int32, torch.int64, torch.float32, torch.bool])
 tensors = st.tuples(valid, integers).map(lambda pair: torch.tensor(pair[0]).to(pair[1]))
 floats = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.complex64])
-shapes = st.just([ROWS, FEATURES]) | st.lists(st.sampled_from([0, 1, 2, 4, 24, ROWS, FEATURES]), max_size=3)
+shapes = st.just([ROWS, FEATURES]) | st.lists(st.sampled_from([ROWS, FEATURES]) | st.integers(0, 130), max_size=3)
 layouts = st.sampled_from(sorted(VIEWS))
 
 
@@ -246,6 +269,7 @@ def fuzz(record: Callable[[str, Any], None], test: Callable[..., bool], **strate
         found["results" if test(**drawn) else "errors"] += 1
 
     one()
+    assert sum(found.values()) >= FUZZ, f"only {found} are different"
     for kind, count in found.items():
         record(kind, count)
 

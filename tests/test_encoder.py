@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import json
 import os
 import pickle
+import sys
+import threading
 import weakref
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +24,7 @@ import fused_vit
 from fused_vit import source
 from fused_vit.buckets import Bucket, as_buckets, choose, ladder
 from fused_vit.encoder import GRIDS
+from fused_vit.executor import define
 from tests.towers_hf import random_pixels, tiny_tower
 
 GRID = [[1, 4, 6], [2, 6, 4]]
@@ -106,6 +113,67 @@ def test_stats_count_and_a_closed_encoder_says_so(tower, pixels) -> None:  # typ
     for attempt in (vit.warmup, lambda: vit(pixels, GRID)):
         with pytest.raises(ValueError, match="closed"):
             attempt()
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:x", "mps", "cuda"])
+def test_a_device_that_is_not_there_is_one_error(tower, device: str) -> None:  # type: ignore[no-untyped-def]
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("it is there")
+    with pytest.raises(ValueError, match=f"device is .*{device}"):
+        fused_vit.FusedViT.from_module(tower, device=device)
+
+
+def test_closing_while_another_calls_leaves_its_result_right(tower, pixels, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    vit = fused_vit.FusedViT.from_module(tower, device="cpu")
+    want = vit(pixels, GRID).pooler_output
+    runs, closed = threading.Event(), threading.Event()
+
+    def slow(*about: Any) -> Any:
+        runs.set()
+        assert closed.wait(60)
+        return define(*about)
+
+    monkeypatch.setattr(fused_vit.encoder, "define", slow)
+    with ThreadPoolExecutor(1) as thread:
+        call = thread.submit(vit, pixels, GRID)
+        assert runs.wait(60)
+        vit.close()
+        closed.set()
+        assert torch.equal(call.result().pooler_output, want)
+    with pytest.raises(ValueError, match="closed"):
+        vit(pixels, GRID)
+
+
+def test_stats_count_photographs_as_bytes_too(vit) -> None:  # type: ignore[no-untyped-def]
+    before, photo = vit.stats(), torch.zeros(24, vit.spec.patch.features // 2, dtype=torch.uint8)
+    vit.for_bytes((0.5,) * 3, (0.5,) * 3)(photo, [[1, 4, 6]])
+    found = {key: count - before[key] for key, count in vit.stats().items() if key in ("calls", "images", "rows")}
+    assert found == {"calls": 1, "images": 1, "rows": 24}
+
+
+def test_stats_may_be_asked_while_others_count(vit, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(vit, "_replays", Counter())
+    stop, interval = threading.Event(), sys.getswitchinterval()
+
+    def count() -> None:
+        for tokens in itertools.count(1):
+            if stop.is_set():
+                return
+            vit._replays[Bucket(tokens % 5000, 1)] += 1
+            if tokens % 5000 == 0:
+                vit._replays.clear()
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            counting = thread.submit(count)
+            for _ in range(300):
+                vit.stats()
+            stop.set()
+            counting.result()
+    finally:
+        stop.set()
+        sys.setswitchinterval(interval)
 
 
 def test_closing_twice_is_closing(tower) -> None:  # type: ignore[no-untyped-def]

@@ -65,6 +65,20 @@ print([m for m in ("triton", "transformers") if m in sys.modules], torch.cuda.is
     assert python(code, ROOT) == "[] False"
 
 
+def test_importing_leaves_a_gpu_alone() -> None:
+    """Where torch says that there is one. (On a real one: tests/gpu/test_lifecycle_gpu.py.)"""
+    code = """
+import pkgutil, torch
+def touched(*about): raise SystemExit("CUDA was touched")
+torch.cuda.is_available, torch.cuda._lazy_init, torch.cuda.current_device = lambda: True, touched, touched
+import fused_vit, fused_vit.adapters.hf, fused_vit.cli, fused_vit.kernels.ops, fused_vit.metrics, fused_vit.vllm
+for module in pkgutil.iter_modules(fused_vit.__path__):
+    __import__(f"fused_vit.{module.name}")
+print("no")
+"""
+    assert python(code, ROOT) == "no"
+
+
 def test_every_public_name_resolves() -> None:
     code = "import fused_vit; print([n for n in fused_vit.__all__ if getattr(fused_vit, n, None) is None])"
     assert python(code, ROOT) == "[]"

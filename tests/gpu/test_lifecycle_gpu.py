@@ -33,6 +33,13 @@ def refusals(vit: FusedViT, pixels: torch.Tensor) -> list[str]:
     return told
 
 
+def test_importing_creates_no_context() -> None:
+    code = (
+        "import torch, fused_vit.adapters.hf, fused_vit.cli, fused_vit.encoder, fused_vit.kernels.ops, fused_vit.vllm"
+    )
+    assert done(python(f"{code}; print(torch.cuda.is_initialized())")) == "False"
+
+
 def forks() -> None:
     """os.fork and multiprocessing's fork, both after CUDA: prints what the children were told."""
     vit = encoder(buckets=[(256, 16), (2304, 32)])

@@ -173,7 +173,8 @@ def test_streams_take_turns(encoder) -> None:  # type: ignore[no-untyped-def]
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_bad_input_is_refused_and_the_encoder_stays_usable(encoder) -> None:  # type: ignore[no-untyped-def]
+def test_bad_input_is_refused_and_the_encoder_stays_usable(encoder, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Before anything is launched."""
     pixels = pixels_of(GRIDS["one"]).bfloat16()
     good = encoder(pixels, GRIDS["one"]).pooler_output
     for bad, grid, message in (
@@ -182,7 +183,8 @@ def test_bad_input_is_refused_and_the_encoder_stays_usable(encoder) -> None:  # 
         (pixels.int(), [[1, 16, 16]], "int32"), (pixels.cpu(), [[1, 16, 16]], "cpu"),
         (pixels, torch.rand(1, 3), "integers"),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+            patch.setattr(type(encoder), "_run_pack", lambda *_: pytest.fail("it was launched"))
             encoder(bad, grid)
     assert torch.equal(encoder(pixels, GRIDS["one"]).pooler_output, good)
 
