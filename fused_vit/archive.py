@@ -86,7 +86,7 @@ def run(job: Job, tell: Tell) -> State:
     vit = load(
         job.checkpoint, device=job.device, dtype=job.dtype, max_tokens=job.max_tokens, revision=job.revision
     )  # fmt: skip
-    prepare = _preparer(job, vit, any(record.video for record in listing.records))
+    listing, prepare = _prepared(job, vit, listing)
     store = storage(job.store, job.kind, job.pool is not None, vit.dtype)
     with Folder(job.output, _about(job, vit, prepare, store), part=job.part, kind=job.kind) as folder:
         state = State(job.part, ignored=listing.ignored, backend=f"{vit.backend} on {vit.device}")
@@ -112,6 +112,20 @@ def _need_pyarrow() -> None:
         ) from error
 
 
+def _prepared(job: Job, vit: FusedViT, listing: Listing) -> tuple[Listing, Preparer]:
+    """Videos beside images that nothing here can read are failures; alone they are an error."""
+    videos = [record for record in listing.records if record.video]
+    try:
+        return listing, _preparer(job, vit, bool(videos))
+    except (ImportError, FusedVitError) as error:
+        if len(videos) in (0, len(listing.records)):
+            raise
+        reason = " ".join(str(error).split())
+    images = [record for record in listing.records if not record.video]
+    unread = [*listing.unread, *(Unread(video.key, reason, video.index) for video in videos)]
+    return replace(listing, records=images, unread=unread), _preparer(job, vit, False)
+
+
 def _preparer(job: Job, vit: FusedViT, videos: bool) -> Preparer:
     image = processor(vit.spec, job.checkpoint, revision=job.revision)
     video = None
@@ -125,6 +139,7 @@ def _about(job: Job, vit: FusedViT, prepare: Preparer, store: str) -> dict[str, 
     return {
         "fused_vit": __version__, "checkpoint": job.checkpoint, "encoder": identity(vit, prepare.image),
         "format": job.kind, "pool": job.pool, "store": store, "fps": job.fps, "frames": job.frames,
+        "column": job.column,
     }  # fmt: skip
 
 

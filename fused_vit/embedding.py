@@ -1,7 +1,8 @@
 """Embedding: a stream of prepared images through an encoder in full batches, the device fed ahead and read behind.
 
-What is prepared gathers in a pool of a few batches; a batch takes the largest images first and fills up with whatever
-still fits. While one batch runs, the next is copied to the device on a stream of its own, and the last one back.
+What is prepared gathers in a pool of a few batches; a batch takes the image that has waited longest and fills up with
+the largest that still fit. While one batch runs, the next is copied to the device on a stream of its own, and the last
+one back.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -123,6 +124,12 @@ class _Ready:
     tokens: int
     segments: int
 
+    def alone(self) -> _Ready:
+        """With pixels of its own, no view of all that was prepared with it, which is in shared memory."""
+        if self.pixels.untyped_storage().nbytes() <= self.pixels.nbytes:
+            return self
+        return replace(self, pixels=self.pixels.clone())
+
 
 @dataclass(slots=True)
 class _Batch:
@@ -211,19 +218,21 @@ class Embedder:
             yield Failed(part.source, part.number, reason)
 
     def _take(self, flush: bool) -> list[_Ready]:
-        """The images of the next batch; none as long as more may come and the pool is not full."""
+        """The images of the next batch; none as long as more may come and the pool is not full.
+
+        The one that has waited longest is in it, so that none waits for ever, then the largest that fit.
+        """
         for waiting in self._ready.values():  # bytes and numbers never share a batch
             if waiting and (flush or sum(one.tokens for one in waiting) >= AHEAD * self.budget):
-                waiting.sort(key=lambda one: -one.tokens)
-                batch, left = [waiting.pop(0)], []
-                tokens, segments = batch[0].tokens, batch[0].segments
-                for one in waiting:
+                oldest, *others = waiting
+                batch, taken = [oldest], {oldest}
+                tokens, segments = oldest.tokens, oldest.segments
+                for one in sorted(others, key=lambda one: -one.tokens):
                     if tokens + one.tokens <= self.budget and segments + one.segments <= self.segments:
                         batch.append(one)
+                        taken.add(one)
                         tokens, segments = tokens + one.tokens, segments + one.segments
-                    else:
-                        left.append(one)
-                waiting[:] = left
+                waiting[:] = [one.alone() for one in others if one not in taken]
                 return batch
         return []
 

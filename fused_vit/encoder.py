@@ -301,6 +301,7 @@ class FusedViT:
         processor: Any,
         pool: Literal["mean"] | None = None,
         batch_tokens: int | None = None,
+        normalize_embeddings: bool = False,
         convert_to_numpy: bool = False,
         show_progress_bar: bool = False,
         workers: int | None = None,
@@ -312,6 +313,7 @@ class FusedViT:
             processor: the checkpoint's path or hub id, or its image processor (`images.processor`).
             pool: "mean" for one vector an image, in float32; None for its merged rows.
             batch_tokens: patches of a batch; default those of the largest bucket.
+            normalize_embeddings: vectors of length one, with a pool.
             convert_to_numpy: arrays instead of tensors; bfloat16, which numpy lacks, as float32.
             workers: threads that decode and preprocess; default the cores of this process less one.
 
@@ -325,7 +327,8 @@ class FusedViT:
         from .streams import encode
 
         return encode(
-            self, images, processor=processor, pool=pool, batch_tokens=batch_tokens, convert_to_numpy=convert_to_numpy,
+            self, images, processor=processor, pool=pool, batch_tokens=batch_tokens,
+            normalize_embeddings=normalize_embeddings, convert_to_numpy=convert_to_numpy,
             show_progress_bar=show_progress_bar, workers=workers,
         )  # fmt: skip
 

@@ -92,8 +92,10 @@ class Folder:
                 os.link(unfinished, manifest)
             except FileExistsError:
                 pass
+            except OSError:  # of a file system without hard links, such as exFAT
+                os.replace(unfinished, manifest)
             finally:
-                unfinished.unlink()
+                unfinished.unlink(missing_ok=True)
         try:
             found = json.loads(manifest.read_bytes())
         except ValueError as error:

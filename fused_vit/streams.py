@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .embedding import Embedded, Embedder, Failed, Pool, Tower
 from .errors import InputError
@@ -35,11 +36,14 @@ def encode(
     processor: Any,
     pool: Pool | None = None,
     batch_tokens: int | None = None,
+    normalize_embeddings: bool = False,
     convert_to_numpy: bool = False,
     show_progress_bar: bool = False,
     workers: int | None = None,
 ) -> Any:
     """See FusedViT.encode."""
+    if normalize_embeddings and pool is None:
+        raise InputError("normalize_embeddings is for vectors; take pool='mean' with it")
     single = isinstance(images, (str, Path, bytes)) or not isinstance(images, Iterable) or _is_picture(images)
     wanted = [images] if single else list(images)
     results: list[Any] = [None] * len(wanted)
@@ -49,7 +53,7 @@ def encode(
         for one in _bar(found, len(wanted)) if show_progress_bar else found:
             if isinstance(one, Failed):
                 raise InputError(f"image {one.number}: {one.reason}")
-            results[one.number] = one.embedding
+            results[one.number] = F.normalize(one.embedding, dim=0) if normalize_embeddings else one.embedding
     if convert_to_numpy:
         results = [_numpy(result) for result in results]
     if single:
@@ -170,6 +174,7 @@ async def _each(images: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any
     if isinstance(images, AsyncIterable):
         async for image in images:
             yield image
-    else:
-        for image in images:
+    else:  # in a thread: the next one may be a download, and the loop is a server's
+        iterator, end = iter(images), object()
+        while (image := await asyncio.to_thread(next, iterator, end)) is not end:
             yield image
