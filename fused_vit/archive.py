@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -303,8 +304,14 @@ def _drain(states: Any) -> Iterator[Any]:
             return
 
 
+def ended_as_by_ctrl_c() -> None:
+    """SIGTERM, by which schedulers end what runs, writes what is done before it ends this process."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def _run_one(i: int, jobs: Sequence[Job], states: Any) -> None:
     """In a process of its own. Errors that have a sentence send it; a device's progress goes out twice a second."""
+    ended_as_by_ctrl_c()
     sent = 0.0
 
     def tell(state: State) -> None:

@@ -34,7 +34,9 @@ from .stills import byte_patches, proven_normalisation
 from .videos import prepare_video, read_video
 
 TASK_BYTES, TASK_IMAGES = 1 << 24, 32  # that a worker hands over at once: handing over costs about a millisecond
+DEATHS = 3  # of processes, one after the other, that end a run
 Grid = list[list[int]]
+Task = list[tuple[int, Any]]  # images and their numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,20 +218,37 @@ def _shared_room() -> int:
 
 
 class Workers:
-    """Processes or threads that prepare; leave the `with` block and they are gone."""
+    """Processes or threads that prepare; leave the `with` block and they are gone.
+
+    A process that dies costs the image that killed it, and only that.
+    """
 
     def __init__(self, prepare: Preparer, count: int, *, threads: bool = False) -> None:
         if count < 1:
             raise InputError(f"workers is {count}; expected at least 1")
-        self.count, self.ahead = count, count + count // 2 + 1
+        self.prepare, self.count, self.ahead = prepare, count, count + count // 2 + 1
         self.pool: Executor
         self.call: Callable[[Sequence[tuple[int, Any]]], Prepared | Sent]
         if threads:
             self.pool, self.call = ThreadPoolExecutor(count, "fused-vit-prepare"), prepare
         else:
-            self.pool = ProcessPoolExecutor(count, _context(prepare), _begin, (prepare,))
             self.call = _work if _shared_room() > 2 * self.ahead * TASK_BYTES else _work_by_value
-            self.pool.submit(_work, ())  # starts them all, while the encoder is being made ready
+            self.pool = self._processes(count)
+
+    def _processes(self, count: int) -> ProcessPoolExecutor:
+        """All of them started, while the encoder is being made ready."""
+        pool = ProcessPoolExecutor(count, _context(self.prepare), _begin, (self.prepare,))
+        before = os.environ.get("PYTHONSAFEPATH")
+        os.environ["PYTHONSAFEPATH"] = "1"  # or the process that forks them looks for modules where one happens to be
+        try:
+            for _ in range(count):
+                pool.submit(_work, ())
+        finally:
+            if before is None:
+                del os.environ["PYTHONSAFEPATH"]
+            else:
+                os.environ["PYTHONSAFEPATH"] = before
+        return pool
 
     def __enter__(self) -> Workers:
         return self
@@ -243,30 +262,63 @@ class Workers:
     def run(self, sources: Iterable[Any]) -> Iterator[Prepared]:
         """Everything in `sources`, in the order in which it is done; at most half as many tasks wait as work.
 
-        Raises FusedVitError where a worker process died.
+        Raises FusedVitError where processes die one after the other.
         """
         waiting = enumerate(sources)
-        pending: set[Future[Prepared | Sent]] = set()
+        pending: dict[Future[Prepared | Sent], Task] = {}
         size = 1
         try:
             while True:
-                while len(pending) < self.ahead and (task := list(islice(waiting, size))):
-                    pending.add(self.submit(task))
-                if not pending:
+                lost: Task = []
+                while not lost and len(pending) < self.ahead and (task := list(islice(waiting, size))):
+                    try:
+                        pending[self.submit(task)] = task
+                    except BrokenProcessPool:
+                        lost += task
+                if not pending and not lost:
                     return
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                done, _ = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:
-                    prepared = received(future.result())
-                    size = _next_size(prepared)
-                    yield prepared
-        except BrokenProcessPool as error:
-            raise FusedVitError(
-                f"one of {self.count} worker processes died, as when memory or /dev/shm runs out: take fewer workers, "
-                "in a container more shared memory (docker: --ipc=host); the same command does the rest"
-            ) from error
+                    task = pending.pop(future)
+                    try:
+                        prepared = received(future.result())
+                    except BrokenProcessPool:
+                        lost += task
+                    else:
+                        size = _next_size(prepared)
+                        yield prepared
+                if lost:
+                    lost += [one for task in pending.values() for one in task]
+                    pending.clear()
+                    yield from self._one_by_one(lost)
         finally:
             for future in pending:
                 future.cancel()
+
+    def _one_by_one(self, lost: Task) -> Iterator[Prepared]:
+        """Images of which one killed its process: each alone in one, so that it is seen which."""
+        deaths = 0
+        self.pool.shutdown(wait=True)
+        self.pool = self._processes(1)
+        for number, source in lost:
+            try:
+                prepared = received(self.submit([(number, source)]).result())
+                deaths = 0
+            except BrokenProcessPool as error:
+                deaths += 1
+                if deaths == DEATHS:
+                    raise FusedVitError(
+                        f"{deaths} worker processes died one after the other, as when memory or /dev/shm runs out, or "
+                        "where a script starts them that has no `if __name__ == '__main__':`: take fewer workers, in a "
+                        "container more shared memory (docker: --ipc=host); the same command does the rest"
+                    ) from error
+                reason = "the process that prepared it died of it"
+                prepared = Prepared([Part(source, number, reason=reason)], torch.empty(0), 0.0, 0.0)
+                self.pool.shutdown(wait=True)
+                self.pool = self._processes(1)
+            yield prepared
+        self.pool.shutdown(wait=True)
+        self.pool = self._processes(self.count)
 
 
 def _next_size(prepared: Prepared) -> int:

@@ -10,7 +10,7 @@ import glob
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -88,7 +88,7 @@ def share(records: Sequence[Record], part: int, parts: int) -> Sequence[Record]:
 
 def _expand(source: str, column: str | None, listing: Listing) -> Iterator[Record]:
     if os.path.isdir(source):
-        for path in _walk(source, listing.without):
+        for path in _walk(source, listing):
             if _suffix(path) in IMAGES | VIDEOS | {TAR, PARQUET}:
                 yield from _file(path, column, listing)
             else:
@@ -104,15 +104,24 @@ def _expand(source: str, column: str | None, listing: Listing) -> Iterator[Recor
         if not found:
             raise InputError(f"{source}: matches nothing; expected a glob such as 'photos/**/*.jpg' (in quotes)")
         for path in found:
-            yield from _expand(path, column, listing)
+            if not _inside(path, listing.without):
+                yield from _expand(path, column, listing)
     else:
         raise InputError(f"{source}: no such file or folder")
 
 
-def _walk(folder: str, without: str) -> Iterator[str]:
+def _inside(path: str, folder: str) -> bool:
+    return bool(folder) and Path(os.path.realpath(path)).is_relative_to(folder)
+
+
+def _walk(folder: str, listing: Listing) -> Iterator[str]:
     """Files under a folder in sorted order, hidden ones left out; links to folders are not followed."""
-    for here, folders, files in os.walk(folder):
-        if os.path.realpath(here) == without:
+
+    def unread(error: OSError) -> None:
+        listing.unread.append(Unread(str(error.filename), error.strerror or str(error)))
+
+    for here, folders, files in os.walk(folder, onerror=unread):
+        if _inside(here, listing.without):
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -148,16 +157,17 @@ def _file(path: str, column: str | None, listing: Listing) -> Iterator[Record]:
         listing.unread.append(Unread(path, " ".join(reason.split())))
 
 
-def _members(path: str) -> list[Record]:
-    found: list[Record] = []
+def _members(path: str) -> Iterator[Record]:
+    """Those before the place where a tar is broken, too."""
+    index = 0
     with tarfile.open(path, "r:") as tar:
         for member in tar:
             kind = _suffix(member.name)
             if member.isreg() and kind in IMAGES | VIDEOS:
                 at = (member.offset_data, member.size)
                 key = f"{path}/{member.name.removeprefix('./')}"
-                found.append(Record(key, len(found), path, member.size, "tar", at, kind in VIDEOS))
-    return found
+                yield Record(key, index, path, member.size, "tar", at, kind in VIDEOS)
+                index += 1
 
 
 def _rows(path: str, size: int, column: str | None) -> list[Record]:
@@ -246,16 +256,30 @@ class _RowGroup:
     def _begin(self) -> None:
         path, group, column = self.arguments
         batches = _parquet(path).iter_batches(ROWS, row_groups=[group], columns=[column])
-        self.batches: Iterable[Any] = iter(batches)
+        self.batches: Iterator[Any] = iter(batches)
         self.first, self.values = 0, None
+        self.broken: Exception | None = None
 
     def at(self, row: int) -> Any:
+        """Raises what reading it, or any row before it, raised."""
         if row < self.first:
             self._begin()
         while self.values is None or row >= self.first + len(self.values):
+            values = self._read()
             self.first += 0 if self.values is None else len(self.values)
-            self.values = next(iter(self.batches)).column(0)
+            self.values = values
         return self.values[row - self.first].as_py()
+
+    def _read(self) -> Any:
+        """The next piece; after one that cannot be read there is none, of which the reader only says that it ends."""
+        if self.broken is None:
+            try:
+                return next(self.batches).column(0)
+            except StopIteration:
+                self.broken = InputError("its row group ends before it does")
+            except Exception as error:
+                self.broken = error
+        raise self.broken
 
 
 @lru_cache(2)
