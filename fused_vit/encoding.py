@@ -95,6 +95,8 @@ def encode_photos(vit: FusedViT, prepare: Any, photos: Iterable[Path], parts: Pa
             if not _readable(part):
                 parts.write(part, _encode(vit, prepare, photo, parts.coloured))
             rows.append(Done(photo, part))
+        except MemoryError:  # of the host, which says nothing more
+            rows.append(Failed(photo, "not enough memory to decode and resize it"))
         except (InputError, torch.OutOfMemoryError) as error:
             rows.append(Failed(photo, " ".join(str(error).removeprefix(f"{photo}: ").split())))
     return rows

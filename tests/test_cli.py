@@ -213,6 +213,25 @@ def test_a_result_that_safetensors_could_not_open_is_refused_first(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_photograph_that_memory_does_not_hold_costs_only_itself(
+    checkpoint: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fused_vit import images
+
+    real, out = images._rgb, tmp_path / "out.safetensors"
+
+    def small(image: Image.Image, in_place: bool) -> Image.Image:
+        if image.format == "PNG":
+            raise MemoryError
+        return real(image, in_place)
+
+    monkeypatch.setattr(images, "_rgb", small)
+    result = run("encode", *photos, "--checkpoint", checkpoint, "-o", out, "--device", "cpu")
+    assert "1 of 2 images failed" in error(result)
+    assert f"failed: {photos[0]}: not enough memory to decode and resize it\n" in result.stdout
+    assert f"{photos[1]}" in load_file(out)
+
+
 def test_an_interrupted_run_does_the_rest(
     checkpoint: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
