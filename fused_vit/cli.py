@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import math
 import platform
 import shutil
@@ -25,6 +26,7 @@ from .errors import FusedVitError, InputError
 from .layouts import choose_layout
 from .packing import items
 from .plan import Plan, build_plan, cost
+from .sources import is_text
 from .spec import TowerSpec
 from .towers import find_tower, parse_config
 from .weights.checkpoint import Checkpoint, TowerTensors
@@ -39,6 +41,8 @@ class OneLineErrors(typer.core.TyperGroup):
     """What a user can cause, and what a machine lacks, is one line on stderr and exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name that it cannot print must not end the command
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except (FusedVitError, OSError, ImportError, torch.OutOfMemoryError) as error:
@@ -151,6 +155,7 @@ def encode(
     for target in (output, pca):
         if target is not None and not target.parent.is_dir():
             raise InputError(f"{target}: there is no folder {target.parent}; make it first")
+    _check_opens(output)
     vit = load(checkpoint, device=device, dtype=_torch(dtype), revision=revision)
     prepare = processor(vit.spec, checkpoint, revision=revision)
     parts = Parts(output.with_name(f"{output.name}.parts"), identity(vit, prepare), pca is not None)
@@ -174,6 +179,12 @@ def encode(
             "(the same command tries only those again)"
         )
     shutil.rmtree(parts.folder, ignore_errors=True)
+
+
+def _check_opens(output: Path) -> None:
+    """safetensors writes under any name, and then cannot read it."""
+    if not is_text(str(output)):
+        raise InputError(f"{output}: its name is not UTF-8, and safetensors opens no such file; choose another with -o")
 
 
 class Format(StrEnum):
@@ -226,6 +237,8 @@ def embed(
 
     if shard_images < 1:
         raise InputError(f"--shard-images is {shard_images}; expected at least 1")
+    if format is Format.safetensors:
+        _check_opens(output)
     if device is not None and devices is not None:
         raise InputError("--device and --devices are both there; take --devices for several, --device for one")
     part, parts = part_of(shard)

@@ -24,8 +24,13 @@ from .encoder import FusedViT
 from .errors import InputError
 from .images import check_file, read_image
 from .pca import colours, raster
+from .sources import NOT_TEXT, is_text
+from .spec import TowerSpec
 
-COLOURS = "colours"  # in a part beside the features: the picture of the patches, if one is wanted
+# Tensors of a part, beside deepstack.K; COLOURS: the picture of the patches, if one is wanted. `merge` names them by
+# photograph, so that no photograph's name can be taken for another tensor's.
+ROWS, GRID, COLOURS = "rows", "grid_thw", "colours"
+RESERVED = "__metadata__"  # by safetensors: no tensor can be called so
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,7 @@ class Parts:
     def of(self, photo: Path) -> Path:
         """Where a photograph's part lies, or will. Raises InputError where there is no such file."""
         status = check_file(photo)
-        about = [str(photo), status.st_size, status.st_mtime_ns, self.encoder, self.coloured]
+        about = [ROWS, str(photo), status.st_size, status.st_mtime_ns, self.encoder, self.coloured]
         name = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
         return self.folder / f"{name}.safetensors"
 
@@ -82,15 +87,36 @@ def identity(vit: FusedViT, prepare: Any) -> str:
 def encode_photos(vit: FusedViT, prepare: Any, photos: Iterable[Path], parts: Parts) -> list[Done | Failed]:
     """Every photograph's part, made now unless it lies there from an earlier run."""
     rows: list[Done | Failed] = []
+    owners: dict[str, Path] = {}
     for photo in photos:
         try:
+            _claim(photo, vit.spec, owners)
             part = parts.of(photo)
             if not _readable(part):
                 parts.write(part, _encode(vit, prepare, photo, parts.coloured))
             rows.append(Done(photo, part))
+        except MemoryError:  # of the host, which says nothing more
+            rows.append(Failed(photo, "not enough memory to decode and resize it"))
         except (InputError, torch.OutOfMemoryError) as error:
             rows.append(Failed(photo, " ".join(str(error).removeprefix(f"{photo}: ").split())))
     return rows
+
+
+def _claim(photo: Path, spec: TowerSpec, owners: dict[str, Path]) -> None:
+    """Make a photograph the owner of its names in the merged file. Raises InputError where it cannot have them all."""
+    if not is_text(str(photo)):
+        raise InputError(f"{photo}: {NOT_TEXT}")
+    names = [_name(photo, key) for key in (ROWS, GRID, *(f"deepstack.{k}" for k in range(len(spec.deepstack))))]
+    if RESERVED in names:
+        raise InputError(f"{photo}: safetensors keeps this name for itself; rename it, or give its absolute path")
+    for name in names:
+        if owners.get(name, photo) != photo:
+            raise InputError(f"{photo}: {name} names a result of {owners[name]}; rename one, or encode them apart")
+    owners.update(dict.fromkeys(names, photo))
+
+
+def _name(photo: Path, key: str) -> str:
+    return f"{photo}" if key == ROWS else f"{photo}.{key}"
 
 
 def _readable(part: Path) -> bool:
@@ -102,29 +128,32 @@ def _readable(part: Path) -> bool:
 
 
 def _encode(vit: FusedViT, prepare: Any, photo: Path, coloured: bool) -> dict[str, torch.Tensor]:
-    """Merged rows under the photograph's path, .grid_thw and .deepstack.K beside them."""
     try:
         batch = prepare(images=[read_image(photo)], return_tensors="pt")
     except (ValueError, ArithmeticError) as error:  # ours, and the processor's on sizes that it cannot resize
         raise InputError(f"{photo}: {str(error).removeprefix(f'{photo}: ')}") from error
     pixels, grid = flatten_call(vit.spec, *call_of(batch))
     result = vit(pixels.to(vit.device), grid)
-    tensors = {f"{photo}": result.split()[0].cpu(), f"{photo}.grid_thw": torch.tensor(grid[0])}
-    tensors |= {f"{photo}.deepstack.{k}": t.cpu() for k, t in enumerate(result.deepstack_features)}
+    tensors = {ROWS: result.split()[0].cpu(), GRID: torch.tensor(grid[0])}
+    tensors |= {f"deepstack.{k}": t.cpu() for k, t in enumerate(result.deepstack_features)}
     if coloured:
         tensors[COLOURS] = colours(raster(result.last_hidden_state, grid[0], vit.spec)[0])
     return {name: t.contiguous() for name, t in tensors.items()}
 
 
 def merge(rows: Sequence[Done], output: Path, metadata: dict[str, str]) -> list[torch.Tensor]:
-    """All parts as one file, which takes its place only when it is whole; the pictures of their patches, if any."""
+    """All parts as one file, which takes its place only when it is whole; the pictures of their patches, if any.
+
+    Rows are named by the photograph's path, .grid_thw and .deepstack.K beside them.
+    """
     tensors: dict[str, torch.Tensor] = {}
     pictures = []
     for row in rows:
         with safe_open(row.part, "pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys() if name != COLOURS}  # noqa: SIM118
-            if COLOURS in file.keys():  # noqa: SIM118
-                pictures.append(file.get_tensor(COLOURS))
+            part = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if COLOURS in part:
+            pictures.append(part.pop(COLOURS))
+        tensors |= {_name(row.photo, key): tensor for key, tensor in part.items()}
     unfinished = output.with_name(f"{output.name}.tmp")
     save_file(tensors, unfinished, metadata=metadata)
     os.replace(unfinished, output)

@@ -7,7 +7,9 @@ import logging
 import os
 import stat
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from .errors import CheckpointError, InputError
@@ -19,7 +21,11 @@ MEAN = STD = [0.5, 0.5, 0.5]
 PIXELS = {"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096}
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no decoder beyond these meets a file
+MULTI_PICTURE = "MPO"  # pillow's name for a JPEG with more pictures behind it, as some cameras write
 MAX_PIXELS, MAX_BYTES = 178_956_970, 1 << 28  # of one photograph: half a gigabyte in RGB; and of its file
+# One thread at a time decodes a PIL image, since two would find it broken. It is found by its address, so that few wait
+# for another image's.
+TURNS = [Lock() for _ in range(61)]
 
 
 def processor(spec: TowerSpec, source: str | Path, *, revision: str | None = None) -> Any:
@@ -81,16 +87,30 @@ def decode_image(data: bytes, name: str) -> Any:
     return _decode(io.BytesIO(data), name)
 
 
-def _decode(file: str | Path | io.BytesIO, name: str) -> Any:
+def convert_image(image: Any, name: str) -> Any:
+    """`read_image` of a PIL image, which may be a file that is not decoded yet, and stays as it is otherwise."""
+    if image.format not in (None, *FORMATS, MULTI_PICTURE):
+        kinds = ", ".join(FORMATS)
+        raise InputError(
+            f"{name}: its format is {image.format}; expected one of {kinds}; if you trust its decoder, pass "
+            "image.convert('RGB')"
+        )
+    with TURNS[id(image) % len(TURNS)]:
+        return _decode(image, name)
+
+
+def _decode(source: Any, name: str) -> Any:
+    """source: a path, a file, or a PIL image, which is its caller's: it is not closed, nor turned in its place."""
     from PIL import Image
 
+    given = isinstance(source, Image.Image)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours, below
-            with Image.open(file, formats=FORMATS) as image:
+            with nullcontext(source) if given else Image.open(source, formats=FORMATS) as image:
                 width, height = _decoded_size(image)
                 if width * height <= MAX_PIXELS:
-                    return _rgb(image)
+                    return _rgb(image, in_place=not given)
         too_large = f"{width} x {height} pixels"
     except Image.DecompressionBombError:
         too_large = "too many pixels"
@@ -125,13 +145,19 @@ def check_file(path: str | Path) -> os.stat_result:
     return status
 
 
-def _rgb(image: Any) -> Any:
-    """Decoded and upright, in eight bits: of deeper grey the upper eight, where pillow would clip it."""
+def _rgb(image: Any, in_place: bool) -> Any:
+    """Decoded and upright, in eight bits: of deeper grey the upper eight, where pillow would clip it.
+
+    in_place: turn the image itself, which takes a copy less.
+    """
     import numpy as np
     from PIL import Image, ImageOps
 
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
+    if in_place:
+        ImageOps.exif_transpose(image, in_place=True)
+    else:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("pixels in floating point have no range that everybody agrees on")
     if image.mode.startswith("I"):

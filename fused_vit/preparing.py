@@ -22,12 +22,13 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.multiprocessing  # lets tensors travel between processes through shared memory
 
 from .calls import call_of, flatten_call
 from .errors import FusedVitError, InputError
-from .images import decode_image, read_image
+from .images import convert_image, decode_image, read_image
 from .sources import Record, read
 from .spec import TowerSpec
 from .stills import byte_patches, proven_normalisation
@@ -110,7 +111,8 @@ class Preparer:
 
     def _prepare(self, image: Any, raw: bool) -> tuple[torch.Tensor, Grid]:
         if raw:
-            return byte_patches(self.spec, self.image, [image], torch.device("cpu"))
+            pixels = np.asarray(image)  # as an image it would be converted again
+            return byte_patches(self.spec, self.image, [pixels], torch.device("cpu"))
         video = isinstance(image, tuple)
         call = prepare_video(self.video, *image) if video else call_of(self.image(images=[image], return_tensors="pt"))
         rows, grid = flatten_call(self.spec, *call)
@@ -134,7 +136,7 @@ def as_image(source: Any) -> Any:
     if isinstance(source, (str, Path)):
         return read_image(source)
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        return convert_image(source, f"a PIL image of mode {source.mode}")
     if isinstance(source, bytes):
         return decode_image(source, "an image in bytes")
     array = source.cpu().numpy() if isinstance(source, torch.Tensor) else source

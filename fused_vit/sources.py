@@ -22,6 +22,7 @@ IMAGES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".t
 VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv"}
 TAR, PARQUET, LIST = ".tar", ".parquet", ".txt"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+NOT_TEXT = "its name is not UTF-8, and results are kept by name; rename it"
 ROWS = 64  # of a Parquet file that are decoded at a time
 
 
@@ -73,10 +74,28 @@ def find(sources: Sequence[str | Path], column: str | None = None, without: str 
     listing, seen = Listing(without=os.path.realpath(without) if without else ""), set()
     for source in sources:
         for record in _expand(str(source), column, listing):
-            if record.key not in seen:
-                seen.add(record.key)
+            if record.key in seen:
+                continue
+            seen.add(record.key)
+            if is_text(record.key):
                 listing.records.append(record)
+            else:
+                listing.unread.append(Unread(shown(record.key), NOT_TEXT, record.index))
     return listing
+
+
+def is_text(name: str) -> bool:
+    """Bytes of a name that are not UTF-8 come from the system as lone surrogates, which no result can be named by."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(name: str) -> str:
+    r"""A name as text that can be printed and written: each byte of it that is not UTF-8 as \xff."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def share(records: Sequence[Record], part: int, parts: int) -> Sequence[Record]:
@@ -143,6 +162,8 @@ def _file(path: str, column: str | None, listing: Listing) -> Iterator[Record]:
     """Records of one file by its suffix; one without a known suffix is taken for an image."""
     path = os.path.normpath(path)
     try:
+        if not is_text(path):
+            raise InputError(NOT_TEXT)  # before anything that would have to name it
         size = os.stat(path).st_size
         if path.lower().endswith(COMPRESSED):
             raise InputError("a compressed tar, whose members cannot be read one by one; decompress it first")
@@ -154,7 +175,7 @@ def _file(path: str, column: str | None, listing: Listing) -> Iterator[Record]:
             yield Record(path, 0, path, size, video=_suffix(path) in VIDEOS)
     except (OSError, tarfile.TarError, InputError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        listing.unread.append(Unread(path, " ".join(reason.split())))
+        listing.unread.append(Unread(shown(path), " ".join(reason.split())))
 
 
 def _members(path: str) -> Iterator[Record]:

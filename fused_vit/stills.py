@@ -11,6 +11,7 @@ import torch
 
 from .calls import call_of, flatten_call
 from .errors import InputError
+from .images import convert_image
 from .spec import TowerSpec
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of channels
@@ -86,9 +87,7 @@ def _first_frames(spec: TowerSpec, pixels: torch.Tensor) -> torch.Tensor:
 def _pixels(image: Any, i: int, on_device: bool) -> Any:
     """An image as processors take it: one that works on a device takes tensors, the others arrays."""
     if not isinstance(image, torch.Tensor | np.ndarray):
-        if getattr(image, "mode", "RGB") != "RGB":
-            raise InputError(f"image {i} has mode {image.mode}; expected RGB: image.convert('RGB')")
-        image = np.asarray(image)
+        image = np.asarray(convert_image(image, f"image {i}") if hasattr(image, "convert") else image)
     if str(image.dtype).removeprefix("torch.") != "uint8" or image.ndim != 3 or image.shape[2] != 3:
         raise InputError(f"image {i} is {image.dtype} {list(image.shape)}; expected uint8 [height, width, 3]")
     if on_device:

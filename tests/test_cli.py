@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,85 @@ def test_a_bad_image_costs_only_itself(checkpoint: Path, photos: list[Path], tmp
     assert run(*command).exit_code == 0
     assert {f"{path}" for path in (photos[0], bad, thin, photos[1])} <= set(load_file(out))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.png", "out.safetensors", "thin.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("bad\udcff.png", "its name is not UTF-8"),  # what Python makes of a byte of Latin-1
+        ("x.png.grid_thw", "x.png.grid_thw names a result of x.png"),
+        ("x.png.deepstack.0", "x.png.deepstack.0 names a result of x.png"),
+        ("__metadata__", "safetensors keeps this name for itself"),
+        ("colours", None), ("rows", None), ("grid_thw", None), ("deepstack.0", None),
+    ],
+)  # fmt: skip
+def test_no_name_costs_another_photograph_its_result(
+    name: str, says: str | None, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photos = ["x.png", name, "good.png"]
+    for i, photo in enumerate(photos):
+        Image.new("RGB", (256, 256 + 32 * i), (90 * i, 20, 200)).save(photo, "PNG")
+    common = ("--checkpoint", checkpoint, "--device", "cpu")
+    for photo in ("x.png", "good.png", "other"):
+        if photo == "other":
+            os.link(os.fsencode(name), photo)
+        assert run("encode", photo, *common, "-o", f"{photo}.out").exit_code == 0
+    want = load_file("x.png.out") | load_file("good.png.out")
+    if says is None:
+        want |= {key.replace("other", name, 1): rows for key, rows in load_file("other.out").items()}
+    result = run("encode", *photos, *common, "-o", "all.out", "--pca", "all.png")
+    if says is None:
+        assert result.exit_code == 0, result.output
+    else:
+        assert "1 of 3 images failed" in error(result)
+        (failure,) = [line for line in result.stdout.splitlines() if line.startswith("failed: ")]
+        assert says in failure
+    got = load_file("all.out")
+    assert set(got) == set(want) and all(torch.equal(got[key], want[key]) for key in want)
+    assert Image.open("all.png").height == (2 if says else 3) * 656 - 16
+
+
+def test_of_two_photographs_that_claim_a_name_the_first_has_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for photo in ("x.png", "x.png.grid_thw"):
+        Image.new("RGB", (256, 256)).save(photo, "PNG")
+    common = ("--checkpoint", checkpoint, "--device", "cpu", "-o", "out")
+    result = run("encode", "x.png.grid_thw", "x.png", *common)
+    assert "first x.png: x.png.grid_thw names a result of x.png.grid_thw" in error(result)
+    assert set(load_file("out")) == {f"x.png.grid_thw{end}" for end in ("", ".grid_thw", ".deepstack.0")}
+    assert run("encode", "x.png", "./x.png", *common).exit_code == 0, "a photograph may come twice"
+
+
+@pytest.mark.parametrize("command", ["encode", "embed"])
+def test_a_result_that_safetensors_could_not_open_is_refused_first(
+    command: str, checkpoint: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    arguments = (photos[0], "--checkpoint", checkpoint, "--device", "cpu", "-o", tmp_path / "out\udcff")
+    options = ("--format", "safetensors") if command == "embed" else ()
+    assert "choose another with -o" in error(run(command, *arguments, *options))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_photograph_that_memory_does_not_hold_costs_only_itself(
+    checkpoint: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fused_vit import images
+
+    real, out = images._rgb, tmp_path / "out.safetensors"
+
+    def small(image: Image.Image, in_place: bool) -> Image.Image:
+        if image.format == "PNG":
+            raise MemoryError
+        return real(image, in_place)
+
+    monkeypatch.setattr(images, "_rgb", small)
+    result = run("encode", *photos, "--checkpoint", checkpoint, "-o", out, "--device", "cpu")
+    assert "1 of 2 images failed" in error(result)
+    assert f"failed: {photos[0]}: not enough memory to decode and resize it\n" in result.stdout
+    assert f"{photos[1]}" in load_file(out)
 
 
 def test_an_interrupted_run_does_the_rest(

@@ -258,6 +258,35 @@ def test_an_image_that_cannot_be_encoded_costs_its_batch_nothing(
     assert same(rows(tmp_path), {key: value for key, value in one_by_one.items() if key != victim})
 
 
+@pytest.mark.parametrize("kind", ["parquet", "safetensors"])
+def test_no_name_costs_another_image_its_result(
+    kind: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.chdir(tmp_path)
+    names = ["in/good.png", "in/bad\udcff.png", "in/x.png", "x.png.grid_thw", "colours", "__metadata__"]
+    os.mkdir("in")
+    for seed, name in enumerate(names):
+        Path(name).write_bytes(archives.data(seed))
+    command = ("in", *names[3:], "--checkpoint", checkpoint, "-o", "out", "--format", kind)
+    result = run(*command)
+    says = r"in/bad\xff.png: its name is not UTF-8, and results are kept by name; rename it"
+    assert result.exit_code == 1 and f"failed: {says}\n" in result.stdout, result.output
+    assert result.stderr.splitlines()[-1].startswith(f"error: 1 images failed, the first {says}")
+    (failed,) = json.loads(Path("out/_report-00000.json").read_text())["failed"]
+    assert f"{failed['key']}: {failed['reason']}" == says
+    if kind == "parquet":
+        found = {r["key"]: torch.tensor(r["embedding"]) for r in pq.read_table("out").to_pylist()}
+    else:
+        found = rows(Path("out"))
+    del names[1]
+    vit = fused_vit.load(checkpoint, device="cpu")
+    assert same(found, dict(zip(names, vit.encode(names, processor=checkpoint), strict=True)))
+    os.rename(b"in/bad\xff.png", "in/renamed.png")
+    result = run(*command)
+    assert result.exit_code == 0 and "1 images to" in result.stdout and "5 were there" in result.stdout
+
+
 def test_nothing_there_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     result = run(tmp_path / "empty", "--checkpoint", checkpoint, "-o", tmp_path / "out", "--format", "safetensors")

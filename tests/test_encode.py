@@ -83,6 +83,19 @@ def test_one_image_comes_back_alone(
     assert vit.encode(photos[0], processor=checkpoint, pool="mean").shape == (32,)
 
 
+def test_a_pil_image_has_the_features_of_its_file(vit: fused_vit.FusedViT, checkpoint: Path, tmp_path: Path) -> None:
+    ramp = np.repeat(np.linspace(0, 65535, 80).astype(np.uint16)[None], 64, 0)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files = [tmp_path / name for name in ("deep.png", "clear.png", "turned.jpg")]
+    Image.fromarray(ramp).save(files[0])
+    Image.new("RGBA", (64, 64)).save(files[1])
+    archives.picture(0).save(files[2], exif=turned)
+    want = vit.encode(files, processor=checkpoint)
+    for got in ([Image.open(file) for file in files], [file.read_bytes() for file in files]):
+        assert same(vit.encode(got, processor=checkpoint), want)
+
+
 def test_pooled_is_one_tensor_and_numpy_an_array(
     vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path], wanted: list[torch.Tensor]
 ) -> None:

@@ -7,6 +7,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -106,20 +107,22 @@ def animated() -> bytes:
     return encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
 
 
-@pytest.mark.parametrize(
-    ("data", "left", "right"),
-    [
-        (palette_with_a_hole, WHITE, BLUE), (half_transparent, WHITE, BLUE), (animated, RED, BLUE),
-        (lambda: sixteen_bits("PNG"), (0, 0, 0), WHITE), (lambda: sixteen_bits("TIFF"), (0, 0, 0), WHITE),
-        (lambda: encoded(photo().convert("CMYK"), "JPEG", quality=95), RED, BLUE),
-        (lambda: encoded(Image.new("1", (40, 24), 1), "PNG"), WHITE, WHITE),
-        (lambda: encoded(photo().convert("LA"), "PNG"), (0, 0, 0), (0, 0, 0)),
-    ],
-    ids=["palette", "alpha", "animated", "16 bits PNG", "16 bits TIFF", "CMYK", "1 bit", "grey and alpha"],
-)  # fmt: skip
-def test_every_mode_becomes_eight_bit_rgb(
-    data: Callable[[], bytes], left: tuple[int, ...], right: tuple[int, ...], tmp_path: Path
-) -> None:
+BLACK = (0, 0, 0)
+MODES: dict[str, tuple[Callable[[], bytes], tuple[int, ...], tuple[int, ...]]] = {
+    "palette": (palette_with_a_hole, WHITE, BLUE),
+    "alpha": (half_transparent, WHITE, BLUE),
+    "animated": (animated, RED, BLUE),
+    "16 bits PNG": (lambda: sixteen_bits("PNG"), BLACK, WHITE),
+    "16 bits TIFF": (lambda: sixteen_bits("TIFF"), BLACK, WHITE),
+    "CMYK": (lambda: encoded(photo().convert("CMYK"), "JPEG", quality=95), RED, BLUE),
+    "1 bit": (lambda: encoded(Image.new("1", (40, 24), 1), "PNG"), WHITE, WHITE),
+    "grey and alpha": (lambda: encoded(photo().convert("LA"), "PNG"), BLACK, BLACK),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_mode_becomes_eight_bit_rgb(name: str, tmp_path: Path) -> None:
+    data, left, right = MODES[name]
     path = tmp_path / "image"
     path.write_bytes(data())
     found = read_image(path)
@@ -132,6 +135,96 @@ def test_sixteen_bits_keep_their_steps(tmp_path: Path) -> None:
     path.write_bytes(sixteen_bits("PNG"))
     row = np.asarray(read_image(path))[0, :, 0].astype(int)
     assert (np.diff(row) > 0).all() and row[0] == 0 and row[-1] == 255
+
+
+# --- by a path, in bytes, and as a PIL image ---
+
+
+def taken(source: Any) -> np.ndarray:
+    from fused_vit.preparing import as_image  # here, since test_image_memory is without torch
+
+    return np.asarray(as_image(source))
+
+
+def taken_by_encode_images(path: Path) -> np.ndarray:
+    from fused_vit.stills import _pixels
+
+    return np.asarray(_pixels(Image.open(path), 0, on_device=False))
+
+
+WAYS: dict[str, Callable[[Path], np.ndarray]] = {
+    "path": taken,
+    "bytes": lambda path: taken(path.read_bytes()),
+    "opened": lambda path: taken(Image.open(path)),
+    "decoded": lambda path: taken(Image.open(path).copy()),
+    "encode_images": taken_by_encode_images,
+}
+
+
+def two_pictures() -> bytes:
+    """As cameras write them: pillow says MPO, even where it is asked for JPEG alone."""
+    return encoded(photo(), "MPO", save_all=True, append_images=[photo()], exif=exif(6))
+
+
+KNOWN: dict[str, Callable[[], bytes]] = {
+    **{name: data for name, (data, _, _) in MODES.items()},
+    **{kind: lambda kind=kind: encoded(photo(), kind) for kind in images.FORMATS},
+    **{
+        f"{kind} turned by {n}": lambda kind=kind, n=n: encoded(photo(), kind, exif=exif(n))
+        for kind in ("JPEG", "PNG", "WEBP", "TIFF")
+        for n in (3, 6)
+    },
+    "transparent and turned": lambda: encoded(Image.open(io.BytesIO(half_transparent())), "PNG", exif=exif(6)),
+    "32 bits": lambda: encoded(Image.fromarray(np.arange(960, dtype=np.int32).reshape(24, 40) * 68), "TIFF"),
+    "two pictures": two_pictures,
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_way_in_gives_the_same_pixels(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(KNOWN[name]())
+    want = np.asarray(read_image(path))
+    for way, by in WAYS.items():
+        got = by(path)
+        assert got.dtype == np.uint8 and np.array_equal(got, want), way
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_callers_image_stays_as_it_is(name: str, tmp_path: Path) -> None:
+    def about(image: Image.Image) -> tuple[Any, ...]:
+        return image.mode, image.size, image.tobytes(), dict(image.info), dict(image.getexif()), image.format
+
+    path = tmp_path / "image"
+    path.write_bytes(KNOWN[name]())
+    image = Image.open(path)
+    before = about(image)
+    first, second = taken(image), taken(image)
+    assert about(image) == before and np.array_equal(first, second)
+    image.seek(getattr(image, "n_frames", 1) - 1)  # of what has more pictures the file is still open
+    image.load()
+
+
+def test_a_pil_image_is_refused_as_its_file_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"^a PIL image of mode F: not an image that can be read"):
+        taken(Image.fromarray(np.ones((8, 8), np.float32)))
+    with pytest.raises(InputError, match=r"^a PIL image of mode RGB: not an image that can be read"):
+        taken(Image.open(io.BytesIO(encoded(photo(400, 300), "JPEG")[:2000])))
+    icon = Image.open(io.BytesIO(encoded(photo(), "ICO")))
+    with monkeypatch.context() as patched:
+        patched.setattr(type(icon), "load", lambda self: pytest.fail("decoded"))
+        with pytest.raises(InputError, match=r"its format is ICO; expected one of JPEG, .* image\.convert"):
+            taken(icon)
+    assert taken(icon.convert("RGB")).shape == (14, 24, 3)  # its largest picture
+
+
+def test_threads_may_have_the_same_pil_image() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(noise), "JPEG", exif=exif(6))
+    want = taken(data)
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(5):
+            assert all(np.array_equal(got, want) for got in threads.map(taken, [Image.open(io.BytesIO(data))] * 8))
 
 
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
@@ -168,9 +261,10 @@ def test_a_large_image_is_refused_before_it_is_decoded(tmp_path: Path, monkeypat
     path = tmp_path / "large.png"
     path.write_bytes(png(40, 24))
     monkeypatch.setattr(images, "MAX_PIXELS", 959)
-    monkeypatch.setattr(images, "_rgb", lambda image: pytest.fail("decoded"))
-    with pytest.raises(InputError, match="40 x 24 pixels; expected at most 959"):
-        read_image(path)
+    monkeypatch.setattr(images, "_rgb", lambda *_, **__: pytest.fail("decoded"))
+    for way in WAYS.values():
+        with pytest.raises(InputError, match="40 x 24 pixels; expected at most 959"):
+            way(path)
 
 
 def test_a_large_file_is_refused_before_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

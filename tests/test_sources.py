@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -81,6 +82,32 @@ def test_broken_and_compressed_tars_are_rows_of_unread(tmp_path: Path) -> None:
     assert same(listing.records, [0])
     assert [u.key.rpartition("/")[2] for u in listing.unread] == ["broken.tar", "good.tar.gz"]
     assert "decompress it" in listing.unread[1].reason
+
+
+def test_names_that_are_not_utf8_are_rows_of_unread_and_cost_nobody_else(tmp_path: Path) -> None:
+    """A file's, a folder's, a tar's and a member's; of a tar or Parquet file itself without opening it."""
+    photographs(tmp_path, [0, 1])
+    os.mkdir(os.fsencode(tmp_path / "folder\udcff"))
+    (tmp_path / "folder\udcff" / "a.png").write_bytes(data(2))
+    for name in ("bad\udcff.png", "bad\udcff.tar", "bad\udcff.parquet"):
+        (tmp_path / name).write_bytes(data(2))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for seed, name in ((3, "good.png"), (4, "member\udcff.png"), (5, "last.png")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data(seed))
+            tar.addfile(info, io.BytesIO(data(seed)))
+    listing = find([tmp_path, *sorted(tmp_path.glob("bad*"))])
+    assert same(listing.records, [0, 1, 3, 5])
+    assert {u.key.removeprefix(f"{tmp_path}/") for u in listing.unread} == {
+        r"bad\xff.png", r"bad\xff.tar", r"bad\xff.parquet", r"folder\xff/a.png", r"a.tar/member\xff.png",
+    }  # fmt: skip
+    assert {u.reason for u in listing.unread} == {"its name is not UTF-8, and results are kept by name; rename it"}
+
+
+def test_a_keys_digest_stays_what_it_is() -> None:
+    """What a folder of results knows its images by: with another digest every run would start anew."""
+    digests = [Record(key, 0, key, 0).digest for key in ("photos/a.png", "photos/é 写真.png", "a.parquet#7")]
+    assert digests == [5922466941252404387, 9849366126614119958, 17642706739885786484]
 
 
 def test_a_tar_that_was_cut_off_fails_where_it_ends(tmp_path: Path) -> None:

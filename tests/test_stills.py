@@ -20,6 +20,7 @@ from tests.test_families import outputs, worst
 from tests.test_processors import PROCESSORS, photos
 
 pytest.importorskip("transformers")
+Image = pytest.importorskip("PIL.Image")
 NAMES = {family.name: family for family in FAMILIES}
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 
@@ -76,13 +77,25 @@ def test_images_that_are_none_are_refused(tmp_path: Path) -> None:
         ([], "empty"),
         ([good, good[..., 0]], r"image 1 is uint8 \[60, 44\]"),
         ([good.astype(float)], "image 0 is float64"),
-        ([good, photos()[0].convert("L")], "image 1 has mode L"),
+        ([good, Image.new("F", (60, 44))], "image 1: not an image that can be read"),
         ([torch.zeros(3, 60, 44, dtype=torch.uint8)], "image 0"),
         ([np.zeros((8, 2000, 3), np.uint8)], "8 x 2000.*aspect ratio"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             vit.encode_images(images, prepare)
     assert vit.encode_images([good], prepare).split()
+
+
+def test_pil_images_are_taken_as_their_files_are(tmp_path: Path) -> None:
+    """Of every mode and upright: test_images has them all."""
+    vit, prepare = made("Qwen3-VL", tmp_path)
+    clear = Image.fromarray(np.asarray(photos()[0].convert("RGBA")) * np.uint8([1, 1, 1, 0]))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    clear.save(tmp_path / "clear.png", exif=turned)
+    got = vit.encode_images([Image.open(tmp_path / "clear.png")], prepare)
+    want = vit.encode_images([np.full((44, 60, 3), 255, np.uint8)], prepare)
+    assert all(torch.equal(one, other) for one, other in zip(outputs(got), outputs(want), strict=True))
 
 
 @pytest.mark.parametrize(
