@@ -15,8 +15,9 @@ The memory model is PTX's, in the narrow form that these kernels need:
 - Those use another proxy: a plain access comes before them only if a fence.proxy.async lies between (`fenced`).
 
 Limits: no clusters, atomics or global memory (TMA reads what no kernel writes at the same time). Of a byte's writers
-the last is kept, of its readers each warp's last. A wgmma is taken to read whole swizzled rows, more than it does. One
-schedule is tried: where a race decides who arrives first, the other outcome is not seen.
+the last is kept, of its readers each warp's last; lanes that write a byte in one instruction are not compared. A wgmma
+is taken to read whole swizzled rows, more than it does. One schedule is tried: where a race decides who arrives first,
+the other outcome is not seen.
 """
 
 from __future__ import annotations

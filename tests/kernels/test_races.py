@@ -134,6 +134,27 @@ def attention_numbers(launch: Launch) -> tuple[dict[str, int], dict[str, dict[in
     return {}, {"count_ptr": {0: tile + 1}, "tiles_ptr": entries}
 
 
+STORE, LOAD = "st.shared.b32 [%r2], %r1;", "ld.shared.b32 %r4, [%r3];"  # four bytes for each thread; the next lane's
+
+
+@pytest.mark.parametrize(
+    ("body", "kinds"),
+    [
+        (f"{STORE} {LOAD}", {"read after write"}),  # lanes of a warp do not wait for each other
+        (f"{STORE} bar.warp.sync -1; {LOAD}", set()),
+        (f"{STORE} bar.warp.sync -1; {LOAD} {STORE}", {"write after read"}),
+        (f"{STORE} ld.shared.b32 %r4, [global_smem+128];", {"read after write", "write after read"}),  # warp 1's
+        (f"{STORE} bar.sync 0; ld.shared.b32 %r4, [global_smem+128];", set()),
+        ("st.shared.b8 [global_smem+0], %r1;", {"write after write"}),
+        ("st.shared.b8 [global_smem+0], 5;", {SAME}),
+    ],
+)
+def test_the_order_that_two_warps_have(body: str, kinds: set[str]) -> None:
+    numbers = "mov.u32 %r1, %tid.x; shl.b32 %r2, %r1, 2; xor.b32 %r3, %r2, 4;"
+    head = ".visible .entry kernel()\n.reqntid 64\n{\n.loc 1 246 0 // hopper_matmul.py:246:0\n"
+    assert {r.kind for r in Machine(head + f"{numbers} {body} ret;".replace("; ", ";\n"), [], {}).run()} == kinds
+
+
 # Controls: with one instruction less, or earlier, each must be reported.
 
 Edit = Callable[[list[str], list[Instruction]], None]
