@@ -72,15 +72,14 @@ def _processor_class(name: object) -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(f"images need transformers and pillow: pip install 'fused-vit[hf]' ({error})") from error
-    if not isinstance(name, str):
-        raise ValueError(f"image_processor_type is {name!r}; expected a name")
-    plain = name.removesuffix("Fast").removesuffix("Pil")
+    plain = name.removesuffix("Fast").removesuffix("Pil") if isinstance(name, str) else ""
+    if not plain.endswith("ImageProcessor"):  # transformers has functions, modules and configs by name too
+        raise ValueError(f"image_processor_type is {name!r}; expected the name of an image processor")
     found = getattr(transformers, f"{plain}Pil", None) or getattr(transformers, plain, None)
-    # a model's own: not a function, nor another kind of thing that has from_dict, nor what processors are derived from
-    if not isinstance(found, type) or not plain.endswith("ImageProcessor") or not hasattr(found, "from_dict"):
-        raise ValueError(f"transformers {transformers.__version__} has no image processor {plain}")
+    if not isinstance(found, type) or not hasattr(found, "from_dict"):
+        raise ValueError(f"transformers {transformers.__version__} has no {plain}")
     if not found.__module__.startswith("transformers.models."):
-        raise ValueError(f"{plain} is no image processor of a model")
+        raise ValueError(f"image_processor_type is {name}, which others derive from; expected a model's own")
     return found
 
 
@@ -102,10 +101,11 @@ def _check_fields(kind: Any, fields: dict[str, Any], channels: int) -> None:
     if tiles * side**2 > AREA:
         raise ValueError(f"{tiles} tiles of {side} x {side} pixels; expected at most {AREA} pixels")
     for name in ("image_mean", "image_std"):
-        values = fields.get(name)
-        values = values if isinstance(values, list) else [values] * channels
-        if len(values) != channels or not all(value is None or isinstance(value, (int, float)) for value in values):
-            raise ValueError(f"{name} is {fields[name]!r}; expected {channels} numbers")
+        given = fields.get(name)
+        values = given if isinstance(given, list) else [given] * channels
+        numbers = all(isinstance(value, (int, float)) for value in values)
+        if given is not None and (not numbers or len(values) != channels or (name == "image_std" and 0 in values)):
+            raise ValueError(f"{name} is {given!r}; expected {channels} numbers, of image_std none 0")
 
 
 def _numbers(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int | float]]:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from fused_vit.errors import CheckpointError
 from fused_vit.weights import checkpoint
-from fused_vit.weights.checkpoint import Checkpoint, TowerTensors
+from fused_vit.weights.checkpoint import Checkpoint, TowerTensors, read_beside
 
 PREFIXES = ("model.visual.", "visual.", "")
 EXPECTED = {"patch_embed.proj.weight": (4, 3, 2, 2), "blocks.0.norm1.bias": (4,), "blocks.1.norm1.bias": (4,)}
@@ -442,6 +442,15 @@ def test_hub_without_an_index(hub: tuple[Path, list[Any]]) -> None:
     write(hub[0], tower() | text())
     check(read(REPO))
     assert [name for name, _ in hub[1]] == ["config.json", INDEX, "model.safetensors"]
+
+
+def test_hub_files_beside_the_weights_are_of_one_commit(hub: tuple[Path, list[Any]]) -> None:
+    (write(hub[0], tower()) / "b.json").write_text('{"b": 1}')
+    assert read_beside(REPO, ("config.json", "a.json", "b.json"), revision="v1") == {
+        "config.json": (hub[0] / "config.json", {"model_type": "qwen3_vl"}),
+        "b.json": (hub[0] / "b.json", {"b": 1}),
+    }
+    assert hub[1] == [("config.json", "v1"), ("a.json", COMMIT), ("b.json", COMMIT)]
 
 
 def test_hub_lacks_files(hub: tuple[Path, list[Any]]) -> None:
