@@ -6,7 +6,9 @@ import io
 import logging
 import os
 import stat
+import sys
 import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from threading import Lock
@@ -20,6 +22,13 @@ logger = logging.getLogger("fused_vit")
 MEAN = STD = [0.5, 0.5, 0.5]
 PIXELS = {"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096}
 
+# What a checkpoint may set a processor to: pixels along a side, pixels in all, and counts. Published ones ask for at
+# most 1536, 4096 * 4096 and a dozen tiles.
+SIDE, AREA = 1 << 13, 1 << 26
+SIZES = ("size", "crop_size", "pad_size", "size_divisor")
+LIMITS = {"patch_size": 256, "temporal_patch_size": 16, "merge_size": 16, "min_patches": 256, "max_patches": 256}
+CAUSE = 200  # characters of an error's cause that are repeated
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no decoder beyond these meets a file
 MULTI_PICTURE = "MPO"  # pillow's name for a JPEG with more pictures behind it, as some cameras write
 MAX_PIXELS, MAX_BYTES = 178_956_970, 1 << 28  # of one photograph: half a gigabyte in RGB; and of its file
@@ -29,45 +38,92 @@ TURNS = [Lock() for _ in range(61)]
 
 
 def processor(spec: TowerSpec, source: str | Path, *, revision: str | None = None) -> Any:
-    """The image processor that `source` names in its preprocessor_config.json, or Qwen3-VL's where it has none."""
-    place = Path(source).expanduser()
-    place = place.parent if place.is_file() else place
+    """The image processor that `source` names in its preprocessor_config.json, or Qwen3-VL's where it has none.
+
+    Raises CheckpointError: a file that is not read for the reasons that config.json is not, that names no image
+    processor of transformers, asks for more than SIDE, AREA or LIMITS, or was made for another tower.
+    """
+    from .source import read_processor  # brings torch, which processes that only read images do without
+
     p, merge = spec.patch, spec.merge
-    if place.is_dir() and not (place / "preprocessor_config.json").is_file():
+    described = read_processor(source, revision=revision)
+    if described is None:
         return _processor_class("Qwen2VLImageProcessor")(
             patch_size=p.size, temporal_patch_size=p.temporal, merge_size=merge,
             image_mean=MEAN, image_std=STD, size=dict(PIXELS),
         )  # fmt: skip
+    path, fields = described
     try:
-        from transformers.image_processing_base import ImageProcessingMixin
-
-        home = place if place.is_dir() else str(source)
-        fields, _ = ImageProcessingMixin.get_image_processor_dict(home, revision=revision)
-        found = _processor_class(fields.get("image_processor_type", "Qwen2VLImageProcessor")).from_dict(fields)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: its preprocessor_config.json cannot be read ({error})") from error
+        kind = _processor_class(fields.get("image_processor_type", "Qwen2VLImageProcessor"))
+        _check_fields(kind, fields, p.channels)
+        found = kind.from_dict(fields)
+    except ImportError:  # of pillow or torchvision, with the remedy
+        raise
+    except Exception as error:  # whatever transformers meets in what anybody may have written
+        raise CheckpointError(
+            f"{path}: no image processor that can be used ({str(error)[:CAUSE]}). Take it from the tower's release."
+        ) from error
     expected = {"patch_size": p.size, "temporal_patch_size": p.temporal}
     if merge > 1:  # else what the projector behind the tower merges is not the tower's concern
         expected["merge_size"] = merge
     got = {name: getattr(found, name, value) for name, value in expected.items()}
     if got != expected:
-        raise CheckpointError(
-            f"{source}: preprocessor_config.json has {got}; config.json says {expected}: take both from one release"
-        )
+        raise CheckpointError(f"{path}: has {got}; config.json says {expected}: take both from one release")
     return found
 
 
-def _processor_class(name: str) -> Any:
+def _processor_class(name: object) -> Any:
     """transformers 5 calls the PIL form ...Pil; in 4.57 it is the plain name, and ...Fast the other."""
     try:
         import transformers
     except ImportError as error:
         raise ImportError(f"images need transformers and pillow: pip install 'fused-vit[hf]' ({error})") from error
-    plain = name.removesuffix("Fast").removesuffix("Pil")
+    plain = name.removesuffix("Fast").removesuffix("Pil") if isinstance(name, str) else ""
+    if not plain.endswith("ImageProcessor"):  # transformers has functions, modules and configs by name too
+        raise ValueError(f"image_processor_type is {name!r}; expected the name of an image processor")
     found = getattr(transformers, f"{plain}Pil", None) or getattr(transformers, plain, None)
-    if found is None:
+    if not isinstance(found, type) or not hasattr(found, "from_dict"):
         raise ValueError(f"transformers {transformers.__version__} has no {plain}")
+    if not found.__module__.startswith("transformers.models."):
+        raise ValueError(f"image_processor_type is {name}, which others derive from; expected a model's own")
     return found
+
+
+def _check_fields(kind: Any, fields: dict[str, Any], channels: int) -> None:
+    """No number of a processor asks for endless memory or time, and no field takes a method's place."""
+    for name in fields:
+        if callable(getattr(kind, name, None)):
+            raise ValueError(f"{name} is a method of {kind.__name__}; expected settings")
+    for path, number in _numbers(fields):
+        largest = min((LIMITS[name] for name in path if name in LIMITS), default=AREA)
+        # these resize to an area between size's edges, so called; the others to sides
+        areas = hasattr(sys.modules[kind.__module__], "smart_resize") and path[-1] in PIXELS
+        if path[0] in SIZES and not areas:
+            largest = SIDE
+        if not -largest <= number <= largest:  # nor is NaN
+            raise ValueError(f"{'.'.join(path)} is {number}; expected at most {largest}")
+    side = max((number for path, number in _numbers(fields) if path[0] in SIZES and path[-1] not in PIXELS), default=0)
+    tiles = max((number for path, number in _numbers(fields) if path[-1] == "max_patches"), default=1)
+    if tiles * side**2 > AREA:
+        raise ValueError(f"{tiles} tiles of {side} x {side} pixels; expected at most {AREA} pixels")
+    for name in ("image_mean", "image_std"):
+        given = fields.get(name)
+        values = given if isinstance(given, list) else [given] * channels
+        numbers = all(isinstance(value, (int, float)) for value in values)
+        if given is not None and (not numbers or len(values) != channels or (name == "image_std" and 0 in values)):
+            raise ValueError(f"{name} is {given!r}; expected {channels} numbers, of image_std none 0")
+
+
+def _numbers(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int | float]]:
+    """Every number in a JSON value, with the keys that lead to it."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, (*path, key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, path)
+    elif isinstance(value, (int, float)):
+        yield path, value
 
 
 def read_image(path: str | Path) -> Any:

@@ -1,9 +1,10 @@
 """A tower's tensors in a safetensors checkpoint: a folder, one file, or a repository of the Hugging Face hub.
 
 Only what the tower needs is touched. Of the files, those shards with a tensor of the tower: a hub shard without one
-is never fetched, a local one may be absent. Of a shard, its header and the tower's bytes, memory-mapped: the language
-model beside them costs neither memory nor reading. A tower is checked from headers alone, so a wrong checkpoint fails
-with one complete message before any tensor is read. Pickle files are never opened.
+is never fetched, a local one may be absent. Of a shard, its header and the tower's bytes: the language model costs
+neither memory nor reading. A tower is checked from headers alone, so a wrong checkpoint fails with one complete message
+before any tensor is read. A tensor is read by its place into memory of its own, never mapped: a mapped file that
+shrinks kills the process that touches its pages. Pickle files are never opened.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import re
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from fused_vit.errors import CheckpointError
 
@@ -28,7 +29,13 @@ CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.sa
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 LISTED = 20  # names an error spells out per list
 LONGEST = 200  # characters of a name or a cause that an error spells out
-LARGEST_JSON = 64 * 2**20  # bytes of a config, an index or a header; the index of a trillion parameters has some 20 MB
+MIB = 2**20
+LARGEST_CONFIG = MIB  # bytes; published ones have some 10 KiB, 100 where every module that is not quantized is named
+LARGEST_INDEX = 32 * MIB  # bytes; Kimi-K2.5's, a trillion parameters in quantized experts, has about 23 MiB
+LARGEST_HEADERS = 16 * MIB  # bytes of all shards with the tower, mostly one or two; a tensor takes about 150
+LARGEST_COUNT = 2**18  # values in a JSON file or in all headers; Kimi-K2.5's index has 210 000, a header 8 a tensor
+LARGEST_RANK = 64  # dimensions, torch's own limit
+PIECE = 2**30  # bytes asked of the system at once, which reads no more than 2 GiB
 PICKLE = "Pickle files are never loaded: save the model as safetensors with transformers' `save_pretrained`."
 
 
@@ -46,7 +53,7 @@ class TensorInfo:
 
 
 class TowerTensors(Mapping[str, torch.Tensor]):
-    """A tower's tensors by their name without prefix. Indexing gives a CPU tensor over the mapped file, read when used.
+    """A tower's tensors by their name without prefix. Indexing reads one into fresh memory of the CPU.
 
     prefix: what the checkpoint puts before each name; infos: file, dtype and shape per name; bytes: size of them all.
     """
@@ -77,7 +84,7 @@ class Checkpoint:
         self.config = config
         self._home = home
         self._single = single
-        self._shards: dict[str, tuple[Path, Any]] = {}
+        self._shards: dict[str, _Shard] = {}
 
     @classmethod
     def open(cls, source: str | Path, *, revision: str | None = None) -> Checkpoint:
@@ -90,26 +97,11 @@ class Checkpoint:
         Raises:
             CheckpointError: nothing at source, a pickle file, or a config.json that is absent or no JSON object.
         """
-        path = Path(source).expanduser()
-        home: _Folder | _Hub
-        if os.path.exists(path):  # unlike Path.exists, False for a name too long or a folder closed to us
-            home = _Folder(path if path.is_dir() else path.parent)
-        elif isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-            home = _Hub(source, revision)
-        else:
-            raise CheckpointError(
-                f"{source}: no such folder or file; expected one, or a hub id as 'owner/name' (a str)"
-            )
-        if isinstance(home, _Folder) and revision is not None:
-            raise CheckpointError(
-                f"{source} is local, but revision is {revision!r}; it is for hub ids only: leave it out"
-            )
-        if path.is_file() and path.suffix != ".safetensors":
-            raise CheckpointError(f"{source}: expected a folder or a .safetensors file. {PICKLE}")
+        home, single = _find(source, revision)
         config = home.get(CONFIG)
         if config is None:
             raise CheckpointError(f"{source}: no {CONFIG}; expected it beside the weights. {home.remedy()}")
-        return cls(str(source), _read_json(config), home, path.name if path.is_file() else None)
+        return cls(str(source), _read_json(config, LARGEST_CONFIG), home, single)
 
     @cached_property
     def files(self) -> dict[str, str]:
@@ -125,7 +117,7 @@ class Checkpoint:
         shard = self._shard(single)
         if shard is None:
             raise CheckpointError(f"{self.source}: neither {INDEX} nor {SINGLE}. {self._home.remedy()}")
-        return dict.fromkeys(shard[1].keys(), single)
+        return dict.fromkeys(shard.rows, single)
 
     def tower(
         self, prefixes: Sequence[str], expected: Mapping[str, tuple[int, ...]], unused: tuple[str, ...] = ()
@@ -164,7 +156,7 @@ class Checkpoint:
         """No tensor of the tower lies in two of its shards, where an index could pick either."""
         holder: dict[str, str] = {}
         for shard in shards:
-            for name in self._shards[shard][1].keys():  # noqa: SIM118  (a handle, no dict)
+            for name in self._shards[shard].rows:
                 if name.removeprefix(prefix) in expected and holder.setdefault(name, shard) != shard:
                     raise CheckpointError(
                         f"{self.source}: {name} lies in {holder[name]} and in {shard}; expected it in one. "
@@ -180,16 +172,16 @@ class Checkpoint:
             f"{_list(sorted(self.files), 4)}. Give the checkpoint of a whole model, or of its vision tower."
         )
 
-    def _shard(self, name: str) -> tuple[Path, Any] | None:
-        """A file's path and open handle, kept: its header is read and checked, no tensor. None: the source lacks it."""
+    def _shard(self, name: str) -> _Shard | None:
+        """A file that is open, kept: its header is read and checked, no tensor. None: the source lacks it."""
         if name not in self._shards:
             path = self._home.get(name)
             if path is None:
                 return None
+            others = self._shards.values()
             try:
-                _check_header(path)
-                self._shards[name] = path, safe_open(path, framework="pt")
-            except (SafetensorError, OSError, ValueError, RecursionError) as error:
+                self._shards[name] = _Shard(path, sum(s.header for s in others), sum(s.count for s in others))
+            except (OSError, ValueError, RecursionError) as error:
                 raise CheckpointError(
                     f"{path}: no readable safetensors file ({_cut(error)}). "
                     "Download it again (a git clone: git lfs pull)."
@@ -200,16 +192,65 @@ class Checkpoint:
         """File, dtype as the header spells it, and shape of a tensor; None where the index or the header lacks it."""
         if name not in self.files:
             return None
-        path, handle = self._shards[self.files[name]]
-        try:
-            tensor = handle.get_slice(name)
-        except SafetensorError:
-            return None
-        return path, tensor.get_dtype(), tuple(tensor.get_shape())
+        shard = self._shards[self.files[name]]
+        row = shard.rows.get(name)
+        return None if row is None else (shard.path, row.dtype, row.shape)
 
     def _read(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._shards[self.files[name]][1].get_tensor(name)
-        return tensor
+        shard = self._shards[self.files[name]]
+        try:
+            return shard.read(shard.rows[name])
+        except (OSError, EOFError) as error:
+            raise CheckpointError(
+                f"{shard.path}: {name} cannot be read ({_cut(error)}). Load it when nothing else writes to the file."
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What a header says of one tensor; begin, end: in bytes of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class _Shard:
+    """A safetensors file, open until nobody holds it, so that what is read is what was checked.
+
+    rows: by name; header, count: bytes and values of its header. Raises OSError or ValueError with the cause.
+    """
+
+    def __init__(self, path: Path, headers: int, counted: int) -> None:
+        """headers, counted: bytes and values in the headers of the checkpoint's other shards."""
+        self.path = path
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        self.header = int.from_bytes(os.pread(self._file, 8, 0), "little")
+        if headers + self.header > LARGEST_HEADERS:
+            raise ValueError(
+                f"a header of {self.header} bytes, at most {LARGEST_HEADERS} are read in all headers together"
+            )
+        raw = os.pread(self._file, self.header, 8)
+        if raw[:1] != b"{" or len(raw) < self.header:
+            raise ValueError(f"a header of {self.header} bytes that is cut or no JSON object")
+        self.count = _count(raw)
+        if counted + self.count > LARGEST_COUNT:
+            raise ValueError(f"more than {LARGEST_COUNT} values in all headers together")
+        start = 8 + self.header
+        self.rows = _rows(json.loads(raw.decode(), object_pairs_hook=_once), start, os.fstat(self._file).st_size)
+
+    def read(self, row: _Row) -> torch.Tensor:
+        """Into fresh memory. Raises EOFError where the file has become too short."""
+        buffer = torch.empty(row.end - row.begin, dtype=torch.uint8)
+        view, done = buffer.numpy().data, 0
+        while done < len(view):
+            got = os.preadv(self._file, [view[done : done + PIECE]], row.begin + done)
+            if got == 0:
+                raise EOFError(f"the file ended {len(view) - done} bytes early: it has shrunk since it was opened")
+            done += got
+        return buffer.view(DTYPES[row.dtype]).reshape(row.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,19 +315,55 @@ class _Hub:
         )
 
 
-def _read_json(path: Path, once: bool = False) -> dict[str, Any]:
-    """once: a key may not come twice, where the last would hide the others."""
+def _find(source: str | Path, revision: str | None) -> tuple[_Folder | _Hub, str | None]:
+    """Where the files of a source are, and the name of the only file if it is one."""
+    path = Path(source).expanduser()
+    if not os.path.exists(path):  # unlike Path.exists, False for a name too long or a folder closed to us
+        if isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+            return _Hub(source, revision), None
+        raise CheckpointError(f"{source}: no such folder or file; expected one, or a hub id as 'owner/name' (a str)")
+    if revision is not None:
+        raise CheckpointError(f"{source} is local, but revision is {revision!r}; it is for hub ids only: leave it out")
+    if path.is_dir():
+        return _Folder(path), None
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{source}: expected a folder or a .safetensors file. {PICKLE}")
+    return _Folder(path.parent), path.name
+
+
+def read_beside(
+    source: str | Path, names: Sequence[str], *, revision: str | None = None
+) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Those JSON files of a checkpoint that it has, as path and object, under the checks that its config.json gets.
+
+    Raises:
+        CheckpointError: nothing at source, a link out of its folder, or a file that is too large or no JSON object.
+    """
+    home, _ = _find(source, revision)
+    paths = {name: path for name in names if (path := home.get(name))}
+    return {name: (path, _read_json(path, LARGEST_CONFIG)) for name, path in paths.items()}
+
+
+def _read_json(path: Path, largest: int, once: bool = False) -> dict[str, Any]:
+    """largest: its bytes; once: a key may not come twice, where the last would hide the others."""
     try:
         with path.open("rb") as file:
-            raw = file.read(LARGEST_JSON + 1)
-        if len(raw) > LARGEST_JSON:
-            raise ValueError(f"more than {LARGEST_JSON} bytes")
+            raw = file.read(largest + 1)
+        if len(raw) > (largest if raw.isascii() else largest // 4):  # one wide letter, and Python holds all in 4 bytes
+            raise ValueError(f"more than {largest} bytes, or a quarter of them where not all are ASCII")
+        if _count(raw) > LARGEST_COUNT:
+            raise ValueError(f"more than {LARGEST_COUNT} values")
         value = json.loads(raw, object_pairs_hook=_once if once else None)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({_cut(error)}). Download it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}; expected an object")
     return value
+
+
+def _count(raw: bytes) -> int:
+    """At least the values that parsing makes, of up to 300 bytes each: all but the first follow one of these."""
+    return sum(raw.count(mark) for mark in (b",", b"[", b"{"))
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -297,17 +374,39 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_header(path: Path) -> None:
-    """What safetensors lets pass: headers that cost gigabytes to parse, and keys that come twice."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > LARGEST_JSON:
-            raise ValueError(f"a header of {size} bytes, at most {LARGEST_JSON} are read")
-        json.loads(file.read(size), object_pairs_hook=_once)
+def _rows(header: dict[str, Any], start: int, size: int) -> dict[str, _Row]:
+    """A header's tensors: they cover the file from `start` to `size` without a gap, each as large as its shape says."""
+    rows = {}
+    for name, fields in header.items():
+        if name != "__metadata__":
+            rows[name] = _row(name, fields, start)
+    at = start
+    for name, row in sorted(rows.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if row.begin != at:
+            raise ValueError(f"{_cut(name)} begins at byte {row.begin}, expected {at}")
+        at = row.end
+    if at != size:
+        raise ValueError(f"the tensors end at byte {at}, the file at {size}")
+    return rows
+
+
+def _row(name: str, fields: Any, start: int) -> _Row:
+    """The size of a tensor is checked where its dtype is one that a tower may have; no other is ever read."""
+    match fields:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+            pass
+        case _:
+            raise ValueError(f"{_cut(name)} has no dtype, shape and data_offsets")
+    whole = all(type(side) is int and 0 <= side < 2**63 for side in (*shape, begin, end))
+    if not whole or begin > end or len(shape) > LARGEST_RANK:
+        raise ValueError(f"{_cut(name)} has an impossible shape or place")
+    if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError(f"{_cut(name)} has {end - begin} bytes, which is not {dtype} of {shape}")
+    return _Row(_cut(dtype), tuple(shape), start + begin, start + end)
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    files = _read_json(path, once=True).get("weight_map")
+    files = _read_json(path, LARGEST_INDEX, once=True).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"{path}: no weight_map; expected an object of tensor name -> file name")
     # A name of these characters alone is no path: it can neither climb out of the folder nor be absolute.

@@ -1,6 +1,7 @@
 """Hostile checkpoints: a table of crafted ones, and byte flips; run in a process of its own, which reports as JSON.
 
 python -m tests.weights.hostile crafted           every case of CASES
+python -m tests.weights.hostile processors        every case of PROCESSORS
 python -m tests.weights.hostile flips 10000       as many flips of one bit to eight, all over a checkpoint
 
 The process watches itself: Python's own opens by an audit hook, everybody's opens of files outside the checkpoint's
@@ -23,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,10 @@ from safetensors.torch import save
 
 import fused_vit
 from fused_vit.errors import CheckpointError, SpecError
+from fused_vit.images import processor
 from fused_vit.layouts import choose_layout
 from fused_vit.towers import find_tower, parse_config
-from fused_vit.weights.checkpoint import Checkpoint
+from fused_vit.weights.checkpoint import LARGEST_CONFIG, LARGEST_COUNT, LARGEST_HEADERS, LARGEST_INDEX, Checkpoint
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 TEXT, ONE, TWO = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
@@ -67,6 +70,8 @@ def good(folder: Path) -> Path:
     files = {name: shard for shard, tensors in shards.items() for name in tensors}
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": files}))
     (folder / CONFIG).write_text(json.dumps({"model_type": "qwen3_vl", "vision_config": VISION}))
+    (folder / PREPROCESSOR).write_text(json.dumps(FIELDS))
+    (folder / PROCESSOR).write_text("{}")
     return folder
 
 
@@ -182,11 +187,16 @@ SHARD = "no readable safetensors"
 
 @dataclass(frozen=True)
 class Case:
-    """says: what the message must contain; the file or the key at fault among it."""
+    """says: what the message must contain; the file or the key at fault among it.
+
+    reads: tensors that are read before it is seen; late: spoiled between the checks and the first of them.
+    """
 
     spoil: Spoil
     says: tuple[str, ...]
     error: type[Exception] = CheckpointError
+    reads: int = 0
+    late: bool = False
 
 
 def spec(spoil: Spoil, *says: str) -> Case:
@@ -195,6 +205,45 @@ def spec(spoil: Spoil, *says: str) -> Case:
 
 def bad(spoil: Spoil, *says: str) -> Case:
     return Case(spoil, says)
+
+
+def late(spoil: Spoil, *says: str) -> Case:
+    return Case(spoil, says, reads=1, late=True)
+
+
+def cut(size: int) -> Spoil:
+    """Both shards of the tower end after so many bytes."""
+    return both(*(lambda folder, _, name=name: os.truncate(folder / name, size) for name in (ONE, TWO)))  # type: ignore[misc]
+
+
+# --- dense JSON: as many values as fit, one byte below a limit -------------------
+
+
+def dense(start: bytes, unit: bytes, end: bytes, size: int) -> bytes:
+    """start, unit, unit, ..., spaces, end: size - 1 bytes."""
+    body = start + unit * ((size - 1 - len(start) - len(end)) // len(unit))
+    return body + b" " * (size - 1 - len(body) - len(end)) + end
+
+
+def numbered(start: bytes, count: int, width: int, end: bytes) -> bytes:
+    """An object of so many different keys and values."""
+    return start + b"".join(b'"%0*d":"%0*d",' % (width, i, width, i) for i in range(count)) + end
+
+
+def dense_header(unit: bytes, end: bytes = b'"z":0}', start: bytes = b"{") -> Spoil:
+    content = dense(start, unit, end, LARGEST_HEADERS - 4096)  # which leaves room for the header of the other shard
+    return put(TWO, struct.pack("<Q", len(content)) + content)
+
+
+def dense_headers(folder: Path, _: Path) -> None:
+    """A tensor of the tower in each of 40 shards, whose headers have 4 MiB, all but one name a comment."""
+    files = json.loads((folder / INDEX).read_text())["weight_map"]
+    at = {name: f"x{i}.safetensors" for i, name in enumerate(n for n in files if n.startswith(PREFIX))}
+    for name, shard in at.items():
+        fields = {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "__metadata__": {"a": "a" * 4 * MIB}}
+        encoded = json.dumps(fields).encode()
+        (folder / shard).write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(4))
+    (folder / INDEX).write_text(json.dumps({"weight_map": files | at}))
 
 
 CASES: dict[str, Case] = {
@@ -210,6 +259,13 @@ CASES: dict[str, Case] = {
     "config a pipe": bad(instead(CONFIG, lambda p, _: os.mkfifo(p)), CONFIG),
     "config a folder": bad(instead(CONFIG, lambda p, _: p.mkdir()), CONFIG),
     "config with a number of 5000 digits": bad(put(CONFIG, b'{"depth": %s}' % (b"9" * 5000)), CONFIG, "not JSON"),
+    "config of dense lists": bad(put(CONFIG, dense(b'{"a":[', b"[],", b"0]}", LARGEST_CONFIG)), CONFIG, "values"),
+    "config of dense objects": bad(put(CONFIG, dense(b'{"a":[', b'{"":0},', b"0]}", LARGEST_CONFIG)), CONFIG, "values"),
+    "config of as many objects as it may have": spec(
+        put(CONFIG, dense(b'{"model_type":"bert","a":[', b'{"":0},', b"0]}", 7 * (LARGEST_COUNT // 2 - 9))),
+        "model_type is bert",
+    ),
+    "config a byte too long": bad(put(CONFIG, dense(b"{", b" ", b"}", LARGEST_CONFIG + 2)), CONFIG, "more than"),
     "unknown model": spec(put(CONFIG, b'{"model_type": "bert"}'), "model_type is bert"),
     "model_type a list": spec(put(CONFIG, b'{"model_type": ["qwen3_vl"]}'), "model_type is ['qwen3_vl']"),
     "vision_config a list": spec(put(CONFIG, b'{"model_type": "qwen3_vl", "vision_config": []}'), "vision_config"),
@@ -251,6 +307,25 @@ CASES: dict[str, Case] = {
     "index names an absent shard": bad(index(qkv="nowhere.safetensors"), "nowhere.safetensors", "absent"),
     "index names the wrong shard": bad(index(qkv=TEXT), "missing", "blocks.0.attn.qkv.weight"),
     "index of another kind": bad(put(INDEX, b'"weight_map"'), INDEX, "str"),
+    "index of dense lists": bad(put(INDEX, dense(b'{"a":[', b"[],", b"0]}", LARGEST_INDEX)), INDEX, "values"),
+    "index of dense objects": bad(put(INDEX, dense(b'{"a":[', b'{"":0},', b"0]}", LARGEST_INDEX)), INDEX, "values"),
+    "index of dense names": bad(put(INDEX, dense(b"{", b'"":"",', b'"a":0}', LARGEST_INDEX)), INDEX, "values"),
+    "index of as many objects as it may have": bad(
+        put(INDEX, dense(b'{"a":[', b'{"":0},', b"0]}", 7 * (LARGEST_COUNT // 2 - 9))), INDEX, "weight_map"
+    ),
+    "index of as many names as it may have": bad(
+        put(INDEX, numbered(b'{"weight_map":{', LARGEST_COUNT - 9, 28, b'"a":""}}')), INDEX, "beside it, got"
+    ),
+    "index of one word": bad(put(INDEX, dense(b'{"a":"', b"a", b'"}', LARGEST_INDEX)), INDEX, "weight_map"),
+    "index of one wide word": bad(
+        put(INDEX, dense('{"a":"\U0001f600'.encode(), b"a", b'"}', LARGEST_INDEX)), INDEX, "quarter"
+    ),
+    "index of one wide word below its limit": bad(
+        put(INDEX, dense('{"a":"\U0001f600'.encode(), b"a", b'"}', LARGEST_INDEX // 4)), INDEX, "weight_map"
+    ),
+    "index of one word that is wide once read": bad(
+        put(INDEX, dense(b'{"a":"\\ud83d\\ude00', b"a", b'"}', LARGEST_INDEX)), INDEX, "weight_map"
+    ),
     "index a link outside": bad(instead(INDEX, lambda p, o: p.symlink_to(o / INDEX)), INDEX, "outside its folder"),
     # a shard
     "shard absent": bad(remove(TWO), TWO, "absent"),
@@ -269,6 +344,22 @@ CASES: dict[str, Case] = {
     "header of 99 MB": bad(sparse(TWO, struct.pack("<Q", 99 * 10**6), 200 * MIB), TWO, SHARD, "99000000 bytes"),
     "header of 15 MiB of spaces": bad(put(TWO, struct.pack("<Q", 15 * MIB) + b" " * (15 * MIB)), TWO, SHARD),
     "header of zeros, a tebibyte": bad(sparse(TWO, struct.pack("<Q", 64), TIB), TWO, SHARD),
+    "header of dense lists": bad(dense_header(b"[],", b"0]}", b'{"a":['), TWO, SHARD, "values"),
+    "header of dense objects": bad(dense_header(b'{"":0},', b"0]}", b'{"a":['), TWO, SHARD, "values"),
+    "header of dense names": bad(dense_header(b'"":0,'), TWO, SHARD, "values"),
+    "header of one word": bad(dense_header(b"a", b'"}', b'{"a":"'), TWO, SHARD, "no dtype"),
+    "header of one wide word": bad(dense_header(b"a", b'"}', '{"a":"\U0001f600'.encode()), TWO, SHARD, "no dtype"),
+    "headers of 160 MiB together": bad(dense_headers, SHARD, "in all headers together"),
+    "header in UTF-16": bad(put(TWO, struct.pack("<Q", 4) + "{}".encode("utf-16-le")), TWO, SHARD),
+    "header a list": bad(put(TWO, struct.pack("<Q", 2) + b"[]"), TWO, SHARD),
+    "header without tensors": bad(header(lambda fields: fields.clear()), TWO, SHARD),
+    "header with a number for a tensor": bad(header(lambda fields: fields.update(a=1)), TWO, SHARD),
+    "header with a word for a shape": bad(header(lambda fields: fields[QKV].update(shape="48")), TWO, SHARD),
+    "header with fractions for offsets": bad(
+        header(lambda fields: fields[QKV].update(data_offsets=[float(at) for at in fields[QKV]["data_offsets"]])),
+        TWO, SHARD,
+    ),
+    "header with truth for a side": bad(header(lambda fields: fields[QKV].update(shape=[True, 768])), TWO, SHARD),
     "header not UTF-8": bad(text_header(b"norm", b"\xff\xfe\xfd\xfc"), TWO, SHARD),
     "header nested deep": bad(put(TWO, struct.pack("<Q", 10**6) + b"[" * 10**6), TWO, SHARD),
     "header names a key twice": bad(
@@ -288,8 +379,12 @@ CASES: dict[str, Case] = {
     "shape beyond 2^64": bad(shape(1 << 64), TWO, SHARD),
     "shape overflows to itself": bad(shape(48, 16, 1 << 32, 1 << 32), TWO, SHARD),
     "shape negative": bad(shape(-48, -16), TWO, SHARD),
-    "shape of 1000 dims": bad(shape(48, 16, *[1] * 1000), "blocks.0.attn.qkv.weight is [48, 16, 1,"),
-    "dtype unknown": bad(dtype("WHAT"), TWO, SHARD),
+    "shape of 64 dims": bad(shape(48, 16, *[1] * 62), "blocks.0.attn.qkv.weight is [48, 16, 1,"),
+    "shape of 1000 dims": bad(shape(48, 16, *[1] * 1000), TWO, SHARD),
+    "shape of a million digits": bad(shape(*[2**62] * 60), TWO, SHARD),
+    "dtype unknown": bad(dtype("WHAT"), "of another dtype", "blocks.0.attn.qkv.weight is WHAT"),
+    "dtype a list": bad(header(lambda fields: fields[QKV].update(dtype=["F32"])), TWO, SHARD),
+    "dtype of 5000 letters": bad(dtype("F" * 5000), "blocks.0.attn.qkv.weight is FFF"),
     "dtype of integers": bad(dtype("I32"), "of another dtype", "blocks.0.attn.qkv.weight is I32"),
     "dtype lies": bad(dtype("F16"), TWO, SHARD),
     "tensor of integers' size": bad(both(dtype("U16"), shape(96, 16)), "blocks.0.attn.qkv.weight is U16"),
@@ -297,6 +392,8 @@ CASES: dict[str, Case] = {
     "quantized to eight bits": bad(both(dtype("F8_E4M3"), shape(48, 64)), "blocks.0.attn.qkv.weight is F8_E4M3"),
     "a tensor too few": bad(header(lambda f: f.update({"model.visual.x": f.pop(NORM)}), ONE), "blocks.0.norm1.bias"),
     "a tensor in two shards": bad(put(ONE, save(good_tensors())), ONE, TWO, "lies in", PREFIX),
+    "shards emptied while they are loaded": late(cut(0), "patch_embed", "cannot be read", "has shrunk"),
+    "shards cut while they are loaded": late(cut(2000), "patch_embed", "cannot be read", "has shrunk"),
     "pickle renamed": bad(put(TWO, pickle.dumps(Exploit())), TWO, SHARD),
     "pickle of protocol 0 renamed": bad(put(TWO, pickle.dumps(Exploit(), 0)), TWO, SHARD),
     "torch.save renamed": bad(instead(TWO, lambda p, _: torch.save({QKV: Exploit()}, p)), TWO, SHARD),
@@ -304,6 +401,82 @@ CASES: dict[str, Case] = {
     "pickle alone": bad(
         both(remove(INDEX), lambda f, _: torch.save({QKV: Exploit()}, f / "pytorch_model.bin")),
         "pytorch_model.bin", "never loaded",
+    ),
+}  # fmt: skip
+
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+FIELDS = {
+    "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 2, "temporal_patch_size": 1, "merge_size": 2,
+    "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 16, "longest_edge": 4096},
+}  # fmt: skip
+
+
+def fields(**changed: Any) -> Spoil:
+    return put(PREPROCESSOR, json.dumps({**FIELDS, **changed}).encode())
+
+
+def link(name: str) -> Spoil:
+    return instead(name, lambda p, o: p.symlink_to(o / name))
+
+
+def kind(name: Any, *says: str) -> Case:
+    return bad(fields(image_processor_type=name), PREPROCESSOR, *says)
+
+
+PROCESSORS: dict[str, Case] = {
+    "a link outside": bad(link(PREPROCESSOR), PREPROCESSOR, "outside its folder"),
+    "the processor's a link outside": bad(link(PROCESSOR), PROCESSOR, "outside its folder"),
+    "nested deep": bad(put(PREPROCESSOR, b"[" * 10**5), PREPROCESSOR, "not JSON"),
+    "nested as deep as JSON may be": bad(
+        put(PREPROCESSOR, b'{"size":' + b'{"a":' * 900 + b"1" + b"}" * 901), PREPROCESSOR
+    ),
+    "truncated": bad(change(PREPROCESSOR, lambda raw: raw[:-9]), PREPROCESSOR, "not JSON"),
+    "a list": bad(put(PREPROCESSOR, b"[]"), PREPROCESSOR, "list"),
+    "of a tebibyte": bad(sparse(PREPROCESSOR, b"{", TIB), PREPROCESSOR, "more than"),
+    "the processor's of a tebibyte": bad(sparse(PROCESSOR, b"{", TIB), PROCESSOR, "more than"),
+    "dense": bad(put(PREPROCESSOR, dense(b'{"a":[', b"[],", b"0]}", LARGEST_CONFIG)), PREPROCESSOR, "values"),
+    "of a type in a list": kind(["x"], "image_processor_type is ['x']"),
+    "of a type that is a function": kind("pipeline", "image_processor_type is 'pipeline'; expected the name"),
+    "of a type that is a module": kind("models", "image_processor_type is 'models'; expected the name"),
+    "of a type that is a config": kind("BertConfig", "image_processor_type is 'BertConfig'; expected the name"),
+    "of a type that chooses": kind("AutoProcessor", "image_processor_type is 'AutoProcessor'; expected the name"),
+    "of a type that others derive from": kind("BaseImageProcessor", "BaseImageProcessor, which others derive from"),
+    "of no type": kind("", "image_processor_type is ''; expected the name"),
+    "of endless pixels": bad(
+        fields(size={"shortest_edge": 10**12, "longest_edge": 10**12}), PREPROCESSOR, "size.shortest_edge is 10000"
+    ),
+    "of endless pixels in their old place": bad(fields(min_pixels=10**12), PREPROCESSOR, "min_pixels is 10000"),
+    "of an endless side": bad(
+        fields(image_processor_type="SiglipImageProcessor", size={"height": 10**5, "width": 4}), PREPROCESSOR, "height"
+    ),
+    "of an endless side in a list": bad(
+        fields(image_processor_type="SiglipImageProcessor", size=[10**5, 4]), PREPROCESSOR, "size is 100000"
+    ),
+    "of an endless shorter side": bad(
+        fields(image_processor_type="CLIPImageProcessor", size={"shortest_edge": 10**7}), PREPROCESSOR, "size.shortest"
+    ),
+    "of an endless crop": bad(
+        fields(image_processor_type="CLIPImageProcessor", crop_size=10**7), PREPROCESSOR, "crop_size is 10000000"
+    ),
+    "of endless tiles": bad(
+        fields(image_processor_type="GotOcr2ImageProcessor", size={"height": 8000, "width": 8000}, max_patches=99),
+        PREPROCESSOR, "99 tiles of 8000",
+    ),
+    "of a size that is not a number": bad(
+        put(PREPROCESSOR, b'{"size": {"shortest_edge": NaN}}'), PREPROCESSOR, "shortest_edge is nan"
+    ),
+    "of a number of 4000 digits": bad(fields(max_pixels=10**4000), PREPROCESSOR, "max_pixels is 1000"),
+    "of endless frames": bad(fields(temporal_patch_size=10**6), PREPROCESSOR, "temporal_patch_size is 1000000"),
+    "of a mean in words": bad(fields(image_mean="x"), PREPROCESSOR, "image_mean is 'x'"),
+    "of a mean of two": bad(fields(image_mean=[0.5, 0.5]), PREPROCESSOR, "image_mean is [0.5, 0.5]"),
+    "of a mean of nothing": bad(fields(image_mean=[None] * 3), PREPROCESSOR, "image_mean is [None, None, None]"),
+    "of a spread of zero": bad(fields(image_std=[0.5, 0, 0.5]), PREPROCESSOR, "image_std is [0.5, 0, 0.5]"),
+    "of a type that nobody has": kind("NoSuchImageProcessor", "has no NoSuchImageProcessor"),
+    "with a method": bad(fields(preprocess=1), PREPROCESSOR, "preprocess is a method"),
+    "of a size that transformers refuses": bad(fields(size={"depth": 3}), PREPROCESSOR),
+    "of another tower": bad(fields(patch_size=14), PREPROCESSOR, "'patch_size': 14", "one release"),
+    "the processor's of another tower": bad(
+        put(PROCESSOR, json.dumps({"image_processor": {**FIELDS, "patch_size": 14}}).encode()), PROCESSOR, "one release"
     ),
 }  # fmt: skip
 
@@ -367,22 +540,39 @@ def stored(folder: Path) -> dict[str, tuple[torch.Tensor, bool]]:
     return {k: v.clone() for k, v in checkpoint.tower(layout.prefixes, layout.expected(spec), layout.unused).items()}
 
 
-def crafted(root: Path) -> dict[str, Any]:
+def prepare(folder: Path) -> Any:
+    """The image processor, which has no tensor of the tower to read."""
+    return processor(parse_config({"model_type": "qwen3_vl", "vision_config": VISION}), folder)
+
+
+def crafted(root: Path, cases: dict[str, Case], act: Callable[[Path], object]) -> dict[str, Any]:
     """Each case: what it raised, what it opened and what it cost."""
     outside = good(root / "outside")
     reads: list[str] = []
-    read = Checkpoint._read
-    Checkpoint._read = lambda self, name: reads.append(name) or read(self, name)  # type: ignore[method-assign,func-returns-value]
-    load(good(root / "good"))
-    assert len(reads) == len(good_tensors()) + 1  # patch_embed's dtype is looked at first
+    spoiling: list[Callable[[], None]] = []
+    plain = Checkpoint._read
+
+    def read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+        reads.append(name)
+        if spoiling:
+            spoiling.pop()()
+        return plain(checkpoint, name)
+
+    Checkpoint._read = read  # type: ignore[method-assign]
+    act(good(root / "good"))
+    assert len(reads) == (len(good_tensors()) if act is load else 0)
     watch = Watch(outside)
     (outside / CONFIG).read_bytes()
     assert watch.opened(), "the watch sees nothing"
     rows = {}
-    for i, (name, case) in enumerate(CASES.items()):
+    for i, (name, case) in enumerate(cases.items()):
         folder = good(root / f"case{i}" / "model")
         (folder.parent / "outside").symlink_to(outside)
-        case.spoil(folder, outside)
+        spoil = partial(case.spoil, folder, outside)
+        if case.late:
+            spoiling.append(spoil)
+        else:
+            spoil()
         reads.clear()
         FORBIDDEN.clear()
         watch.opened()
@@ -391,7 +581,7 @@ def crafted(root: Path) -> dict[str, Any]:
         error: BaseException | None = None
         try:
             with recording(opened):
-                load(folder)
+                act(folder)
         except BaseException as caught:
             error = caught
         rows[name] = {
@@ -465,7 +655,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         os.chdir(root)
         if sys.argv[1] == "crafted":
-            print(json.dumps(crafted(Path(root).resolve())))
+            print(json.dumps(crafted(Path(root).resolve(), CASES, load)))
+        elif sys.argv[1] == "processors":
+            print(json.dumps(crafted(Path(root).resolve(), PROCESSORS, prepare)))
         else:
             count, seed = int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0
             print(json.dumps(flips(Path(root).resolve(), count, seed)))

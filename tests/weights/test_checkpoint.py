@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import mmap
 import os
@@ -11,14 +12,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fused_vit.errors import CheckpointError
-from fused_vit.weights.checkpoint import Checkpoint, TowerTensors
+from fused_vit.weights import checkpoint
+from fused_vit.weights.checkpoint import Checkpoint, TowerTensors, read_beside
 
 PREFIXES = ("model.visual.", "visual.", "")
 EXPECTED = {"patch_embed.proj.weight": (4, 3, 2, 2), "blocks.0.norm1.bias": (4,), "blocks.1.norm1.bias": (4,)}
@@ -98,10 +100,10 @@ def test_the_first_prefix_wins(tmp_path: Path) -> None:
 def test_a_file_with_config_beside_it(tmp_path: Path, as_type: type) -> None:
     write_sharded(tmp_path)  # its index is not looked at
     write(tmp_path, tower(), "tower.safetensors")
-    checkpoint = Checkpoint.open(as_type(tmp_path / "tower.safetensors"))
-    assert checkpoint.config == {"model_type": "qwen3_vl"} and checkpoint.source == str(tmp_path / "tower.safetensors")
-    assert set(checkpoint.files.values()) == {"tower.safetensors"}
-    check(checkpoint.tower(PREFIXES, EXPECTED))
+    opened = Checkpoint.open(as_type(tmp_path / "tower.safetensors"))
+    assert opened.config == {"model_type": "qwen3_vl"} and opened.source == str(tmp_path / "tower.safetensors")
+    assert set(opened.files.values()) == {"tower.safetensors"}
+    check(opened.tower(PREFIXES, EXPECTED))
 
 
 def test_shards_without_a_tower_tensor_may_be_absent_or_broken(tmp_path: Path) -> None:
@@ -333,7 +335,7 @@ def test_bad_config(tmp_path: Path, content: bytes | None, says: str, of_file: b
         lambda raw: raw + b"\0",
         lambda raw: b"\xff" * 8 + raw[8:],
         lambda raw: raw[:8] + b"\xff" * (len(raw) - 8),
-        lambda raw: raw.replace(b'"BF16"', b'"WHAT"'),
+        lambda raw: raw.replace(b'"BF16"', b'"F32"  '),
         lambda raw: raw.replace(b"[0,", b"[1,"),
         lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
     ],
@@ -428,18 +430,27 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[tup
 
 def test_hub_fetches_only_the_towers_shards_of_one_commit(hub: tuple[Path, list[Any]]) -> None:
     write_sharded(hub[0])
-    checkpoint = Checkpoint.open(REPO, revision="v1")
+    opened = Checkpoint.open(REPO, revision="v1")
     assert hub[1] == [("config.json", "v1")]
-    check(checkpoint.tower(PREFIXES, EXPECTED))
-    check(checkpoint.tower(PREFIXES, EXPECTED))
+    check(opened.tower(PREFIXES, EXPECTED))
+    check(opened.tower(PREFIXES, EXPECTED))
     assert hub[1][1:] == [(INDEX, COMMIT), (VISION, COMMIT), (VISION2, COMMIT)]
-    assert checkpoint.source == REPO
+    assert opened.source == REPO
 
 
 def test_hub_without_an_index(hub: tuple[Path, list[Any]]) -> None:
     write(hub[0], tower() | text())
     check(read(REPO))
     assert [name for name, _ in hub[1]] == ["config.json", INDEX, "model.safetensors"]
+
+
+def test_hub_files_beside_the_weights_are_of_one_commit(hub: tuple[Path, list[Any]]) -> None:
+    (write(hub[0], tower()) / "b.json").write_text('{"b": 1}')
+    assert read_beside(REPO, ("config.json", "a.json", "b.json"), revision="v1") == {
+        "config.json": (hub[0] / "config.json", {"model_type": "qwen3_vl"}),
+        "b.json": (hub[0] / "b.json", {"b": 1}),
+    }
+    assert hub[1] == [("config.json", "v1"), ("a.json", COMMIT), ("b.json", COMMIT)]
 
 
 def test_hub_lacks_files(hub: tuple[Path, list[Any]]) -> None:
@@ -503,3 +514,73 @@ def test_a_cache_snapshot_given_as_a_folder_or_file(cache: Path) -> None:
     (cache / VISION).unlink()
     (cache / VISION).symlink_to(outside)
     refuse(cache, "outside its folder")
+
+
+# --- how a tensor is read -------------------------------------------------------
+
+
+def test_a_tensor_of_any_shape_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
+    shapes = {"a": (), "b": (0,), "c": (3, 0, 2), "d": (1,), "e": (5, 7)}
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    want = {
+        f"{key}{i}": torch.randn(shape).to(dtype) for key, shape in shapes.items() for i, dtype in enumerate(dtypes)
+    }
+    others = {"x": torch.ones(3, dtype=torch.int8), "y": torch.ones(3, dtype=torch.bool), "z": torch.ones(2).cfloat()}
+    write(tmp_path, want | others)
+    got = Checkpoint.open(tmp_path).tower(
+        ("",), {key: tuple(value.shape) for key, value in want.items()}, ("x", "y", "z")
+    )
+    assert set(got) == set(want)
+    for key, value in load_file(tmp_path / "model.safetensors").items():
+        if key in want:
+            assert got[key].dtype == value.dtype and torch.equal(got[key], value)
+
+
+def test_a_tensor_is_read_in_as_many_pieces_as_the_system_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system reads at most 2 GiB at once, and less whenever it likes."""
+    sizes: list[int] = []
+    preadv = os.preadv
+
+    def short(file: int, views: list[memoryview], at: int) -> int:
+        sizes.append(len(views[0]))
+        return preadv(file, [views[0][:5]], at)
+
+    monkeypatch.setattr(checkpoint, "PIECE", 7)
+    monkeypatch.setattr(os, "preadv", short)
+    check(read(write(tmp_path, tower())))
+    assert max(sizes) == 7 and len(sizes) >= BYTES / 5
+
+
+def test_a_file_that_shrinks_is_an_error_of_its_tensor(tmp_path: Path) -> None:
+    got = read(write(tmp_path, tower()))
+    path = tmp_path / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .* cannot be read .*1 bytes early.* shrunk"):
+        for key in got:
+            got[key]
+
+
+def test_a_file_that_is_replaced_is_read_as_it_was_checked(tmp_path: Path) -> None:
+    got = read(write(tmp_path, tower()))
+    (tmp_path / "model.safetensors").rename(tmp_path / "old")
+    (tmp_path / "model.safetensors").write_bytes(b"another")
+    check(got)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted by Linux's /proc")
+def test_files_are_closed_with_the_last_who_reads_them(tmp_path: Path) -> None:
+    def held() -> list[str]:
+        paths = (os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
+        return [path for path in paths if path.startswith(str(tmp_path.resolve()))]
+
+    got = read(write_sharded(tmp_path))
+    assert len(held()) == 2
+    del got
+    gc.collect()
+    assert held() == []
+    (tmp_path / VISION).write_bytes(b"broken")
+    refuse(tmp_path, VISION)
+    gc.collect()
+    assert held() == []

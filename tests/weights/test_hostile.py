@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.weights.hostile import CASES
+from tests.weights.hostile import CASES, PROCESSORS, Case
 
 ROOT = Path(__file__).parents[2]
 SECONDS, MIB = 5.0, 256.0  # of one load; a case takes milliseconds, its machine may be busy
@@ -36,13 +36,28 @@ def crafted() -> dict[str, Any]:
     return report("crafted")
 
 
+@pytest.fixture(scope="module")
+def processors() -> dict[str, Any]:
+    pytest.importorskip("transformers")
+    pytest.importorskip("PIL.Image")
+    return report("processors")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_crafted_checkpoint_is_one_clear_error(crafted: dict[str, Any], name: str) -> None:
-    case, row = CASES[name], crafted[name]
+    check(CASES[name], crafted[name])
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_crafted_image_processor_is_one_clear_error(processors: dict[str, Any], name: str) -> None:
+    check(PROCESSORS[name], processors[name])
+
+
+def check(case: Case, row: dict[str, Any]) -> None:
     assert row["error"] == case.error.__name__, row
     assert all(part in row["message"] for part in case.says), row["message"]
     assert len(row["message"]) < 5000
-    assert row["tensors_read"] == 0, "read tensors of a checkpoint that it refused"
+    assert row["tensors_read"] == case.reads, "read tensors of a checkpoint that it refused"
     assert not row["outside"] and not row["opened"] and not row["forbidden"] and not row["exploited"], row
     assert row["seconds"] < SECONDS and row["grown_mib"] < MIB, row
 
