@@ -232,7 +232,7 @@ def embed(
 
     A second run does what is left, and nothing where nothing is. Failures are in OUTPUT/_report-*.json.
     """
-    from .archive import Job, devices_of, local_rank, part_of, run, run_on
+    from .archive import Job, devices_of, ended_as_by_ctrl_c, local_rank, part_of, run, run_on
     from .progress import EmbedProgress
 
     if shard_images < 1:
@@ -250,6 +250,7 @@ def embed(
         store.value if store else None, batch_tokens, max_tokens, workers, part, parts, device, _torch(dtype), revision,
         column, fps, frames, shard_images, place[1] if place else 1,
     )  # fmt: skip
+    ended_as_by_ctrl_c()
     with EmbedProgress() as bar:
         states = [run(job, bar.tell)] if devices is None else run_on(job, devices_of(devices), bar.tell)
     done, failures = sum(state.done for state in states), sum(state.failures for state in states)
@@ -265,10 +266,13 @@ def embed(
     for bad in failed[:SHOWN]:
         out.print(f"failed: {bad.key}: {bad.reason}", highlight=False, soft_wrap=True, markup=False)
     if failed:
-        raise InputError(
+        text = (
             f"{len(failed)} images failed, the first {failed[0].key}: {failed[0].reason} "
             f"(all are in {output}/_report-*.json; the same command tries only those again)"
         )
+        if place is None or shard is not None:
+            raise InputError(text)
+        out.print(text, highlight=False, soft_wrap=True, markup=False)  # torchrun would end every other rank
 
 
 SHOWN = 20  # failures, of as many as there are in the report

@@ -518,9 +518,7 @@ def test_a_killed_run_leaves_no_process_and_no_work_undone(checkpoint: Path, man
     assert state.before == before and len(rows(tmp_path)) == 1208
 
 
-def test_a_worker_that_is_killed_is_an_error_and_what_was_done_stays(
-    checkpoint: Path, many: Path, tmp_path: Path
-) -> None:
+def test_a_worker_that_is_killed_costs_nothing(checkpoint: Path, many: Path, tmp_path: Path) -> None:
     killed: list[int] = []
 
     def kill(state: State) -> None:
@@ -534,9 +532,8 @@ def test_a_worker_that_is_killed_is_an_error_and_what_was_done_stays(
         (str(many),), str(checkpoint), tmp_path, kind="safetensors", pool="mean", workers=1, device="cpu",
         batch_tokens=512, shard_images=100,
     )  # fmt: skip
-    with pytest.raises(FusedVitError, match="one of 1 worker processes died, as when memory or /dev/shm runs out"):
-        archive.run(job, kill)
-    assert killed and 150 <= len(rows(tmp_path)) < 1208 and not list(tmp_path.glob("*.tmp"))
+    state = archive.run(job, kill)
+    assert killed and (state.done, state.failures) == (1208, 0) and len(rows(tmp_path)) == 1208
 
 
 def test_a_process_for_each_device(
