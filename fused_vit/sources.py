@@ -137,7 +137,7 @@ def _walk(folder: str, listing: Listing) -> Iterator[str]:
     """Files under a folder in sorted order, hidden ones left out; links to folders are not followed."""
 
     def unread(error: OSError) -> None:
-        listing.unread.append(Unread(str(error.filename), error.strerror or str(error)))
+        listing.unread.append(Unread(shown(str(error.filename)), error.strerror or str(error)))
 
     for here, folders, files in os.walk(folder, onerror=unread):
         if _inside(here, listing.without):

@@ -104,6 +104,22 @@ def test_names_that_are_not_utf8_are_rows_of_unread_and_cost_nobody_else(tmp_pat
     assert {u.reason for u in listing.unread} == {"its name is not UTF-8, and results are kept by name; rename it"}
 
 
+def test_a_folder_that_cannot_be_listed_is_named_in_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shut, real = tmp_path / "shut\udcff", os.scandir
+    os.mkdir(os.fsencode(shut))
+    photographs(tmp_path, [0])
+
+    def scandir(path: str) -> object:
+        if path == str(shut):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    listing = find([tmp_path])
+    assert same(listing.records, [0])
+    assert [(u.key, u.reason) for u in listing.unread] == [(rf"{tmp_path}/shut\xff", "Permission denied")]
+
+
 def test_a_keys_digest_stays_what_it_is() -> None:
     """What a folder of results knows its images by: with another digest every run would start anew."""
     digests = [Record(key, 0, key, 0).digest for key in ("photos/a.png", "photos/é 写真.png", "a.parquet#7")]
