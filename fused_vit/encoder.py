@@ -268,7 +268,7 @@ class FusedViT:
         outside a multiprocessor, and both frames of a still are one.
 
         Args:
-            images: uint8 tensors or arrays [height, width, 3] on any device, or PIL images in RGB.
+            images: uint8 tensors or arrays [height, width, 3] on any device, or PIL images of any mode.
             processor: the checkpoint's Hugging Face image processor. One of torchvision's kind works on this encoder's
                 device.
 
