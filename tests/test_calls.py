@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,12 @@ def want(vit: fused_vit.FusedViT, pixels: torch.Tensor) -> torch.Tensor:
 # --- bad ones ---
 
 X = torch.zeros(ROWS, FEATURES)
+G = torch.tensor(GRID)
+with warnings.catch_warnings():  # of torch, that it will have neither for ever
+    warnings.simplefilter("ignore")
+    QUANTIZED = torch.quantize_per_tensor(X, 0.1, 0, torch.qint8)
+    QUANTIZED_GRID = torch.quantize_per_tensor(G.float(), 1.0, 0, torch.qint8)
+    MASKED, MASKED_GRID = masked_tensor(X, X == 0), masked_tensor(G, G > 0)
 BAD_PIXELS: dict[str, tuple[Any, str]] = {
     "none": (None, "NoneType"),
     "a list": (X.tolist(), "list"),
@@ -77,14 +84,13 @@ BAD_PIXELS: dict[str, tuple[Any, str]] = {
     "bool": (X.bool(), "bool"),
     "complex": (X.to(torch.complex64), "complex64"),
     "four bits": (torch.zeros(ROWS, FEATURES // 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "float4"),
-    "quantized": (torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), "qint8"),
-    "masked": (masked_tensor(X, X == 0), "masked"),
+    "quantized": (QUANTIZED, "qint8"),
+    "masked": (MASKED, "masked"),
     "on meta": (X.to("meta"), "meta"),
     "sparse": (X.to_sparse(), "sparse"),
     "sparse columns": (X.to_sparse(1), "sparse"),
     "nested": (torch.nested.nested_tensor([X], layout=torch.jagged), "nested"),
 }
-G = torch.tensor(GRID)
 BAD_GRIDS: dict[str, tuple[Any, str]] = {
     "none": (None, "grid_thw"),
     "a number": (72, "grid_thw"),
@@ -108,10 +114,10 @@ BAD_GRIDS: dict[str, tuple[Any, str]] = {
     "bool": (torch.ones(2, 3, dtype=torch.bool), "integers"),
     "complex": (G.to(torch.complex64), "integers"),
     "complex in lists": ([[1 + 0j, 4, 6], [2, 6, 4]], "complex64; expected integers"),
-    "quantized": (torch.quantize_per_tensor(G.float(), 1.0, 0, torch.qint8), "qint8"),
+    "quantized": (QUANTIZED_GRID, "qint8"),
     "seven bits": (G.to(torch.uint8).view(torch.uint7), "uint7"),
     "bits": (G.to(torch.uint8).view(torch.bits8), "bits8"),
-    "masked": (masked_tensor(G, G > 0), "masked"),
+    "masked": (MASKED_GRID, "masked"),
     "a million words": ([["x"] * 10**6], r"^.{,200}$"),
     "fractions": ([[1.0, 4.5, 6.0]], "integers"),
     "not a number": ([[1.0, float("nan"), 6.0]], "integers"),

@@ -80,6 +80,7 @@ def test_memory_that_ends_anywhere_while_packing(tmp_path: Path, mib: int) -> No
 
 
 def test_enough_memory_loads(tmp_path: Path) -> None:
-    """The limit itself lets a tower through: its weights and some tensors in fp32 beside them."""
+    """The limit itself lets a tower through: its weights, some tensors in fp32 beside them, and what malloc keeps."""
     size = sparse(tmp_path, 1024)
-    assert load(tmp_path, 2 * size, "RLIMIT_DATA").startswith("loaded")
+    said = load(tmp_path, 4 * size, "RLIMIT_DATA")
+    assert said.startswith("loaded"), said
