@@ -130,9 +130,8 @@ class FusedViT:
         tile = self.tile if self.device.type == "cuda" else None
         self._batch = lru_cache(GRIDS)(partial(make_batch, spec, self.buckets, tile))
         self._views: WeakKeyDictionary[Pack, Views] = WeakKeyDictionary()
-        if self.device.type == "cuda":
-            with self._turns.take():
-                pass  # the first turn, on the stream that packs the weights: calls on others wait for them
+        with self._turns.take():
+            pass  # the first turn, on the stream that packs the weights: calls on others wait for them
 
     @classmethod
     def from_module(
@@ -287,7 +286,7 @@ class FusedViT:
         these numbers returns it again.
         """
         self._check_usable()
-        with self._turns.lock:
+        with self._turns.take():  # it is made of weights that another stream may be packing
             if (mean, std) not in self._for_bytes:
                 spec = replace(self.spec, patch=replace(self.spec.patch, bytes=True))
                 weights = byte_weights(self.spec, self.weights, mean, std)

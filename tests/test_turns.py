@@ -88,8 +88,9 @@ def test_a_device_that_is_not_current_is_made_so(cuda: SimpleNamespace) -> None:
     assert cuda.log == ["on cuda:1", "0 recorded", "0 recorded"]
 
 
-def test_one_caller_at_a_time(cuda: SimpleNamespace) -> None:
-    turns, inside = Turns(torch.device("cuda", 0)), threading.Event()
+@pytest.mark.parametrize("device", ["cuda:0", "cpu"])
+def test_one_caller_at_a_time(cuda: SimpleNamespace, device: str) -> None:
+    turns, inside = Turns(torch.device(device)), threading.Event()
 
     def other() -> None:
         with turns.take():
@@ -100,4 +101,4 @@ def test_one_caller_at_a_time(cuda: SimpleNamespace) -> None:
         thread.start()
         assert not inside.wait(0.2)
     thread.join()
-    assert inside.is_set()
+    assert inside.is_set() and (cuda.log == []) == (device == "cpu")
