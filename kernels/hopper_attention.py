@@ -80,15 +80,16 @@ def first_weights(scores, columns, rows, BLOCK_N: gl.constexpr, DTYPE: gl.conste
 
 
 @gluon.jit
-def zero_rows(x, first, ROWS: gl.constexpr, COLUMNS: gl.constexpr, DTYPE: gl.constexpr):
-    """Rows of a shared tile from `first` on become zero: they are a neighbour's, and 0 * NaN is NaN.
+def zero_rows(x, first, START: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, DTYPE: gl.constexpr):
+    """Of ROWS rows of a shared tile from START on, those from row `first` of the tile on become zero.
 
-    Both warpgroups write the same bytes, each before its own matmul.
+    They are a neighbour's, and 0 * NaN is NaN.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
-    value = x.load(layout)
-    row = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)
-    x.store(gl.where(row < first, value, gl.zeros([ROWS, COLUMNS], DTYPE, layout)))
+    part = x.slice(START, ROWS)
+    value = part.load(layout)
+    row = START + gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)
+    part.store(gl.where(row < first, value, gl.zeros([ROWS, COLUMNS], DTYPE, layout)))
 
 
 @gluon.jit
@@ -149,12 +150,13 @@ def load_tiles(
 @gluon.jit
 def attend(
     out_ptr, tiles_ptr, tiles,
-    q, q_rest, k, k_rest, v, v_rest, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, GROUP_ID: gl.constexpr,
-    HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr, ONES: gl.constexpr,
+    q, q_rest, k, k_rest, v, v_rest, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, cleared,
+    GROUP_ID: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr, ONES: gl.constexpr,
     BLOCK_N: gl.constexpr, BUFFERS: gl.constexpr, PROGRAMS: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: softmax(q k.T) v for its 64 rows of every tile."""
     GROUP: gl.constexpr = 64
+    HALF: gl.constexpr = BLOCK_N // 2
     ls: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     la: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FIRST, 16])
     lb: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, REST if REST > 0 else 16, 16])
@@ -167,6 +169,7 @@ def attend(
     block = 0
     turn = 0
     swaps = 0
+    clearings = 0
     work = gl.program_id(0)
     if work < tiles * HEADS:
         q0, k0, k1, head = find_tile(tiles_ptr, work, HEADS)
@@ -183,13 +186,16 @@ def attend(
             if REST > 0:
                 acc_rest = gl.zeros([GROUP, REST], gl.float32, lb)
                 p_b = gl.convert_layout(p, operand_b)
-            if k1 - k0 < BLOCK_N:
+            if k1 - k0 < BLOCK_N:  # each warpgroup clears half of the rows and waits for the other
                 at = block % BUFFERS
                 mbarrier.wait(v_full.index(at), (block // BUFFERS) & 1)
-                zero_rows(v.index(at), k1 - k0, BLOCK_N, FIRST, DTYPE)
+                zero_rows(v.index(at), k1 - k0, GROUP_ID * HALF, HALF, FIRST, DTYPE)
                 if REST > 0:
-                    zero_rows(v_rest.index(at), k1 - k0, BLOCK_N, REST, DTYPE)
+                    zero_rows(v_rest.index(at), k1 - k0, GROUP_ID * HALF, HALF, REST, DTYPE)
                 fence_async_shared()
+                mbarrier.arrive(cleared, count=1)
+                mbarrier.wait(cleared, clearings & 1)
+                clearings += 1
             mbarrier.wait(k_full.index((block + 1) % BUFFERS), ((block + 1) // BUFFERS) & 1, pred=blocks > 1)
             for j in range(1, blocks):
                 last, last_phase = block % BUFFERS, (block // BUFFERS) & 1
@@ -318,6 +324,7 @@ def hopper_attention_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    cleared = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=2)
@@ -327,16 +334,18 @@ def hopper_attention_kernel(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_empty.index(i), count=2)
+    mbarrier.init(cleared.index(0), count=2)
+    fence_async_shared()  # TMA completes the barriers
     gl.warp_specialize(
         [
             (attend, (
                 out_ptr, tiles_ptr, tiles, q, q_rest, k, k_rest, v, v_rest,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, 0,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, cleared.index(0), 0,
                 HEADS, HEAD_DIM, FIRST, REST, ONES, BLOCK_N, BUFFERS, PROGRAMS, DTYPE,
             )),
             (attend, (
                 out_ptr, tiles_ptr, tiles, q, q_rest, k, k_rest, v, v_rest,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, 1,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, cleared.index(0), 1,
                 HEADS, HEAD_DIM, FIRST, REST, ONES, BLOCK_N, BUFFERS, PROGRAMS, DTYPE,
             )),
             (load_tiles, (

@@ -15,7 +15,13 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .config import HopperConfig
@@ -278,6 +284,7 @@ def hopper_matmul_kernel(
     for i in gl.static_range(BUFFERS):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=SHARING)
+    fence_async_shared()  # TMA completes the barriers
     shared = (a, b, b_rest, full, empty)
     vectors = (row_side, column_side, ready, used)
     numbers = (operands, columns, places_ptr, sums_ptr, rows, N, K, capacity, eps)

@@ -94,6 +94,10 @@ class Shared:
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.data.transpose(order))
 
+    def slice(self, start: int, length: int) -> Shared:
+        assert 0 <= start and start + length <= len(self.data), f"rows {start} to {start + length} of {len(self.data)}"
+        return Shared(self.data[start : start + length])
+
     def load(self, layout: Any) -> Array:
         return array(self.data.copy())
 
@@ -289,5 +293,5 @@ def launch(kernel: Callable[..., None], programs: int, *arguments: Any, **option
     """Every program of a kernel, one after the other."""
     with np.errstate(all="ignore"):
         for program in range(programs):
-            _here.program = program
+            _here.program, _here.unpublished = program, []
             kernel(*arguments, **options)

@@ -93,10 +93,13 @@ def test_a_poisoned_segment_leaves_its_neighbours_alone() -> None:
 
 
 BREAKS = {
-    "values of a neighbour": ("            if k1 - k0 < BLOCK_N:\n", "            if k1 - k0 < 0:\n"),
+    "values of a neighbour": ("            if k1 - k0 < BLOCK_N:", "            if k1 - k0 < 0:"),
+    "one half cleared": ("zero_rows(v.index(at), k1 - k0, GROUP_ID * HALF", "zero_rows(v.index(at), k1 - k0, HALF"),
+    "rows of the other half": ("row = START + gl.expand_dims", "row = gl.expand_dims"),
+    "cleared alone": ("                mbarrier.arrive(cleared, count=1)\n", ""),
     "keys of two blocks": ("(key >= (gl.cdiv(rows, BLOCK_N) - 1) * BLOCK_N) & (key < rows)", "key < rows"),
     "queries of the last tile": ("q.index(turn % 2 * 2 + GROUP_ID), q_rest", "q.index(GROUP_ID), q_rest"),
-    "no fence": ("            fence_async_shared()\n", ""),
+    "no fence": ("                fence_async_shared()\n", ""),
     "queries kept": ("        mbarrier.arrive(q_empty.index(turn % 2), count=1)\n", ""),
     "values kept": ("            mbarrier.arrive(v_empty.index(last), count=1)\n", ""),
     "no turn": ("            mbarrier.arrive(turns.index(1 - GROUP_ID), count=1)\n", ""),

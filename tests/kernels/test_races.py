@@ -26,33 +26,13 @@ MATMUL, ATTENTION = "hopper_matmul_kernel", "hopper_attention_kernel"
 Unordered = tuple[str, str, str]  # kind, and the functions of both accesses
 
 # Accesses without an order that are right all the same, or are known. What a form no longer has must leave the list.
-SAME, UNFENCED = "write after write, same bytes", "complete_tx after write, no proxy fence"
+SAME = "write after write, same bytes"
 CAPTURES = "Triton's warp_specialize: every warp of the first group stores the same captures and warp states"
-INIT = (
-    "the barriers of whole groups lie between mbarrier.init and TMA's complete_tx, but no fence.proxy.async, which PTX"
-    " may or may not ask for; Triton puts none there"
-)
 REPLICATED = "a vector of 64 on four warps: two hold the same elements and store the same bytes"
-ZEROED = (
-    "zero_rows: both warpgroups read, mask, write and multiply the values of a short segment without waiting for each"
-    " other; they write the same bytes, and rows that they keep they write as they were"
-)
 
-
-OF_MATMUL: dict[Unordered, str] = {
-    (SAME, MATMUL, MATMUL): CAPTURES,
-    (UNFENCED, MATMUL, "load_operands"): INIT,
-}
+OF_MATMUL: dict[Unordered, str] = {(SAME, MATMUL, MATMUL): CAPTURES}
 OF_TWO_GROUPS = OF_MATMUL | {(SAME, "prepare_vectors", "prepare_vectors"): REPLICATED}
-OF_ATTENTION: dict[Unordered, str] = {
-    (SAME, ATTENTION, ATTENTION): CAPTURES,
-    (UNFENCED, ATTENTION, "load_tiles"): INIT,
-    (SAME, "zero_rows", "zero_rows"): ZEROED,
-    ("read after write", "zero_rows", "zero_rows"): ZEROED,
-    ("write after read", "zero_rows", "zero_rows"): ZEROED,
-    ("wgmma read after write", "zero_rows", "attend"): ZEROED,
-    ("write after wgmma read", "attend", "zero_rows"): ZEROED,
-}
+OF_ATTENTION: dict[Unordered, str] = {(SAME, ATTENTION, ATTENTION): CAPTURES}
 # Tower, rows of a bucket, step: all of them test_compile.py compiles too.
 FORMS: dict[tuple[str, int, str], dict[Unordered, str]] = {
     ("8B", 64, "qkv qkv"): OF_MATMUL,  # tiles of 64 x 64, one group of four warps
@@ -264,8 +244,16 @@ CONTROLS: dict[str, tuple[tuple[str, int, str], Edit, Unordered]] = {
         ("8B", 896, "linear fc1"), of_the_thread("stmatrix", "column_side.index"),
         ("write after write", "prepare_vectors", "prepare_vectors"),
     ),
+    "no fence behind the barriers' inits": (
+        PROJ, without("fence.proxy.async", "# TMA completes the barriers"),
+        ("complete_tx after write, no proxy fence", MATMUL, "load_operands"),
+    ),
+    "no wait for the rows that the other warpgroup clears": (
+        HEADS, without("mbarrier.try_wait", "mbarrier.wait(cleared"),
+        ("wgmma read after write", "zero_rows", "attend"),
+    ),
     "no fence behind zero_rows": (
-        HEADS, without("fence.proxy.async", "fence_async_shared()"),
+        HEADS, without("fence.proxy.async", "fence_async_shared()", 1),
         ("wgmma read after write, no proxy fence", "zero_rows", "attend"),
     ),
 }  # fmt: skip
