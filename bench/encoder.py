@@ -37,18 +37,30 @@ from fused_vit.buckets import Bucket, choose
 from fused_vit.packing import items
 from fused_vit.parity import exact_fp32, relative
 from fused_vit.plan import cost
+from fused_vit.spec import TowerSpec
 
 Grids = list[list[int]]
+SIZES: dict[str, dict[str, Any]] = {  # of Qwen3-VL's towers; 32B's are 8B's but for the mergers' width
+    "8B": {"depth": 27, "out_hidden_size": 4096},
+    "2B": {
+        "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2048,
+        "deepstack_visual_indexes": [5, 11, 17],
+    },
+}  # fmt: skip
 STEP_CASES = ("448²", "1024²", "1080p", "8 x 448²")  # whose steps are timed one by one
 
 
 def tower_8b(depth: int = 27) -> torch.nn.Module:
-    """A seeded random tower of Qwen3-VL-8B's sizes, fp32, on the GPU."""
+    return random_tower(SIZES["8B"] | {"depth": depth})
+
+
+def random_tower(sizes: dict[str, Any]) -> torch.nn.Module:
+    """A seeded random tower of Qwen3-VL with these fields in its config, fp32, on the GPU."""
     from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
     torch.manual_seed(0)
-    config = Qwen3VLVisionConfig(depth=depth, out_hidden_size=4096)
+    config = Qwen3VLVisionConfig(**sizes)
     config._attn_implementation = "sdpa"
     tower = Qwen3VLVisionModel(config).eval().requires_grad_(False)
     for name, parameter in tower.named_parameters():
@@ -231,10 +243,16 @@ def steps_table(name: str, found: dict[str, Any]) -> Table:
     return columns(table)
 
 
+def described(spec: TowerSpec) -> str:
+    heads = f"{spec.attention.heads} heads of {spec.attention.head_dim}"
+    return f"{spec.depth} x {spec.width}, {heads}, MLP {spec.mlp.width}, {len(spec.deepstack)} deepstack"
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fused-vit bench encoder", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("bench/results/encoder.json"))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--tower", choices=SIZES, default="8B", help="of Qwen3-VL")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="default all")
     parser.add_argument("--compile-seconds", type=float, default=40, help="no compilation is begun after these")
     parser.add_argument("--fill-bucket", type=int, default=8192, help="the bucket that is filled to 55 %% and whole")
@@ -244,11 +262,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     require_gpu()
-    console, tower = Console(), tower_8b()
+    console, tower = Console(), random_tower(SIZES[arguments.tower])
     vit = fused_vit.FusedViT.from_module(tower, dtype=torch.bfloat16).warmup()
     bench = Bench(vit, Peers(tower, arguments.compile_seconds), arguments.peers, ceilings())
     report: dict[str, Any] = {
-        "what": "Qwen3-VL-8B vision tower (27 x 1152, 16 heads of 72, MLP 4304, 3 deepstack), random weights, bf16",
+        "what": f"Qwen3-VL-{arguments.tower} vision tower ({described(vit.spec)}), random weights, bf16",
         "environment": environment(), "ceilings": bench.roof, "cases": {}, "roofline": {},
     }  # fmt: skip
     for name in arguments.cases:

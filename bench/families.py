@@ -1,4 +1,4 @@
-"""Every family at real sizes: images of 256², 448² and 1080p, a mixed batch; ours beside transformers and the floor.
+"""Every family at real sizes: images of 128² to 1080p, a mixed batch; ours beside transformers and the floor.
 
 python -m bench.families --out bench/results/families.json
 Families that are not measured again keep what the report says of them, and the commit that it is of.
@@ -24,10 +24,12 @@ from fused_vit.plan import cost
 from tests.families import FAMILIES, Family, available, build
 
 Grid = list[list[int]]
-BY_16: dict[str, Grid] = {name: CASES[name] for name in ("256²", "448²", "1080p", "mixed 8")}
+BY_16: dict[str, Grid] = {name: CASES[name] for name in ("128²", "256²", "448²", "4 x 256²", "1080p", "mixed 8")}
 BY_14: dict[str, Grid] = {
+    "128²": [[1, 10, 10]],
     "256²": [[1, 18, 18]],
     "448²": [[1, 32, 32]],
+    "4 x 256²": [[1, 18, 18]] * 4,
     "1080p": [[1, 78, 138]],
     "mixed 8": [
         [1, 18, 18], [1, 32, 32], [1, 54, 74], [1, 22, 40], [1, 74, 74], [1, 36, 36], [1, 46, 28], [1, 32, 32],

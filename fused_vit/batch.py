@@ -36,8 +36,9 @@ class Views:
     results: Sequence[torch.Tensor | None]
 
     def fill(self, pixels: torch.Tensor, pack: Pack) -> None:
-        self.table.copy_(pack.table, non_blocking=True)
+        """Pixels first: the device copies them while the host asks for the rest."""
         self.pixels.copy_(pixels)
+        self.table.copy_(pack.table, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
