@@ -57,13 +57,13 @@ def cell(row: dict[str, Any], engine: str) -> str:
 
 def parts(report: dict[str, Any]) -> str:
     """Where a call of ours goes, in markdown; columns that no case has are left out."""
-    heads = ["input", "patches / bucket", "eager", "replay", "whole call", "host, us", "same bits again"]
+    heads = ["input", "patches / bucket", "eager", "replay", "whole call", "host, us, after a wait / in a burst", "same bits again"]
     rows = []
     for name, row in report["cases"].items():
         ours = row["fused_vit"]
         times = [ours.get("eager_ms"), ours.get("replay_ms"), wall(row, "fused_vit")]
         cells = ["" if time is None else f"{time:.2f}" for time in times]
-        host = f"{ours['host_us']:.0f}" if "host_us" in ours else ""
+        host = " / ".join(f"{ours[key]:.0f}" for key in ("host_us", "host_in_a_burst_us") if key in ours)
         same = {True: "yes", False: "no", None: ""}[ours.get("bitwise")]
         capacity = ours["bucket"][0] if "bucket" in ours else "?"
         rows.append([name, f"{row['tokens']} / {capacity}", *cells, host, same])

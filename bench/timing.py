@@ -111,14 +111,16 @@ def graph_us(launches: Sequence[Callable[[], Any]], repeats: int = 20, least: in
     return us
 
 
-def host_us(call: Callable[[], Any], repeats: int = 30) -> float:
-    """Median host time of a call, the device left to catch up in between."""
+def host_us(call: Callable[[], Any], repeats: int = 30, burst: int = 1) -> float:
+    """Median host time of a call: after a wait for the device, or in a burst, whose first one does not count."""
     times = []
     for _ in range(repeats):
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        times.append(1e6 * (time.perf_counter() - start))
+        for nth in range(burst):
+            start = time.perf_counter()
+            call()
+            if nth or burst == 1:
+                times.append(1e6 * (time.perf_counter() - start))
     torch.cuda.synchronize()
     return statistics.median(times)
 
