@@ -208,8 +208,10 @@ def whole_table(cases: dict[str, Any]) -> Table:
     for name, row in cases.items():
         found = row["fused_vit"]
         known = "wall_ms" in found
-        cells = [f"{found['eager_ms']:.2f}", f"{found['replay_ms']:.2f}", f"{found['wall_ms']['median']:.2f}",
-                 f"{found['host_us']:.0f}, {found['host_in_a_burst_us']:.0f}"] if known else ["[bold red]wrong"] * 4  # fmt: skip
+        cells = [
+            f"{found['eager_ms']:.2f}", f"{found['replay_ms']:.2f}", f"{found['wall_ms']['median']:.2f}",
+            f"{found['host_us']:.0f}, {found['host_in_a_burst_us']:.0f}",
+        ] if known else ["[bold red]wrong"] * 4  # fmt: skip
         rows = f"{found['rows_asked']} / {found['rows_run']}"
         same = "yes" if found["bitwise"] else "[bold red]no"
         table.add_row(name, rows, f"{row['floor_ms']:.2f}", *cells, f"{found['error']:.1e}", same)

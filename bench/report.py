@@ -57,16 +57,17 @@ def cell(row: dict[str, Any], engine: str) -> str:
 
 def parts(report: dict[str, Any]) -> str:
     """Where a call of ours goes, in markdown; columns that no case has are left out."""
-    heads = ["input", "patches / bucket", "eager", "replay", "whole call", "host, us, after a wait / in a burst", "same bits again"]
+    host = "host, us, after a wait / in a burst"
+    heads = ["input", "patches / bucket", "eager", "replay", "whole call", host, "same bits again"]
     rows = []
     for name, row in report["cases"].items():
         ours = row["fused_vit"]
         times = [ours.get("eager_ms"), ours.get("replay_ms"), wall(row, "fused_vit")]
         cells = ["" if time is None else f"{time:.2f}" for time in times]
-        host = " / ".join(f"{ours[key]:.0f}" for key in ("host_us", "host_in_a_burst_us") if key in ours)
+        spent = " / ".join(f"{ours[key]:.0f}" for key in ("host_us", "host_in_a_burst_us") if key in ours)
         same = {True: "yes", False: "no", None: ""}[ours.get("bitwise")]
         capacity = ours["bucket"][0] if "bucket" in ours else "?"
-        rows.append([name, f"{row['tokens']} / {capacity}", *cells, host, same])
+        rows.append([name, f"{row['tokens']} / {capacity}", *cells, spent, same])
     kept = [i for i in range(len(heads)) if any(row[i] for row in rows)]
     table = [[row[i] for i in kept] for row in (heads, ["---"] * len(heads), *rows)]
     about = "Of fused_vit's calls, in ms; *eager*: the same launches one by one; *replay*: the graph alone."
