@@ -16,15 +16,16 @@ from .packing import Item, items, split, table
 from .spec import TowerSpec
 
 
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+@dataclass(slots=True)
 class Pack:
-    """Images, or frames of one, that run together; itself the key to what is kept for it."""
+    """Images, or frames of one, that run together."""
 
     pixels: int  # rows of pixel_values
     sizes: dict[str, int]  # rows and merged rows
     segments: int
     bucket: Bucket | None  # None: a segment larger than any
     table: torch.Tensor  # int32, pinned: torch gives that memory to nobody else before the copies from it are done
+    views: Views | None = None  # of the bucket's buffers, once it ran there
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -129,7 +128,6 @@ class FusedViT:
         self._for_bytes: dict[Normalisation, FusedViT] = {}
         tile = self.tile if self.device.type == "cuda" else None
         self._batch = lru_cache(GRIDS)(partial(make_batch, spec, self.buckets, tile))
-        self._views: WeakKeyDictionary[Pack, Views] = WeakKeyDictionary()
         with self._turns.take():
             pass  # the first turn, on the stream that packs the weights: calls on others wait for them
 
@@ -286,7 +284,11 @@ class FusedViT:
         these numbers returns it again.
         """
         self._check_usable()
+        found = self._for_bytes.get((mean, std))
+        if found is not None:
+            return found
         with self._turns.take():  # it is made of weights that another stream may be packing
+            self._check_usable()  # it may have been closed while others had their turn
             if (mean, std) not in self._for_bytes:
                 spec = replace(self.spec, patch=replace(self.spec.patch, bytes=True))
                 weights = byte_weights(self.spec, self.weights, mean, std)
@@ -416,11 +418,10 @@ class FusedViT:
         return views.results
 
     def _views_of_graph(self, bucket: Bucket, pack: Pack) -> Views:
-        """Kept as long as the pack, since cutting them costs 10 us, 50 where the processor has gone cold."""
-        views = self._views.get(pack)
-        if views is None:
-            views = self._views[pack] = self._views_of(self._graph(bucket).buffers, pack)
-        return views
+        """Cut once for a pack: it costs 10 us, 50 where the processor has gone cold."""
+        if pack.views is None:
+            pack.views = self._views_of(self._graph(bucket).buffers, pack)
+        return pack.views
 
     def _views_of(self, buffers: Mapping[str, torch.Tensor], pack: Pack) -> Views:
         results = [buffers[b.name][: pack.sizes[str(b.shape[0])]] if b else None for b in self._outputs]
@@ -465,7 +466,6 @@ class FusedViT:
             self._graphs.clear()
             self.weights = {}
             self._batch.cache_clear()
-            self._views.clear()
             for encoder in self._for_bytes.values():
                 encoder.close()
             self._for_bytes.clear()
