@@ -151,8 +151,8 @@ def load_tiles(
 def attend(
     out_ptr, tiles_ptr, tiles,
     q, q_rest, k, k_rest, v, v_rest, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, cleared,
-    GROUP_ID: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr, ONES: gl.constexpr,
-    BLOCK_N: gl.constexpr, BUFFERS: gl.constexpr, PROGRAMS: gl.constexpr, DTYPE: gl.constexpr,
+    GROUP_ID: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr,
+    ONES: gl.constexpr, BLOCK_N: gl.constexpr, BUFFERS: gl.constexpr, PROGRAMS: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: softmax(q k.T) v for its 64 rows of every tile."""
     GROUP: gl.constexpr = 64

@@ -95,7 +95,7 @@ class Shared:
         return Shared(self.data.transpose(order))
 
     def slice(self, start: int, length: int) -> Shared:
-        assert 0 <= start and start + length <= len(self.data), f"rows {start} to {start + length} of {len(self.data)}"
+        assert start >= 0 and start + length <= len(self.data), f"rows {start} to {start + length} of {len(self.data)}"
         return Shared(self.data[start : start + length])
 
     def load(self, layout: Any) -> Array:
