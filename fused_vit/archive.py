@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import queue
@@ -26,6 +27,7 @@ from .shards import FORMATS, SHARD_BYTES, Folder, Row, storage, stored
 from .sources import Listing, Record, Unread, find, share
 from .videos import need_av, video_processor
 
+logger = logging.getLogger("fused_vit")
 Tell = Callable[["State"], None]
 
 
@@ -145,20 +147,32 @@ def _about(job: Job, vit: FusedViT, prepare: Preparer, store: str) -> dict[str, 
 
 
 def _left(job: Job, listing: Listing, folder: Folder, state: State) -> list[Record]:
-    """Of this share, what no shard holds. Raises InputError where something that one holds has changed since."""
+    """Of this share, what no shard holds. Raises InputError where something that one holds has another size now.
+
+    Time alone is worth a warning: what is copied, or fetched again, has another and the same content.
+    """
     mine = share(listing.records, job.part, job.parts)
     state.failed = [unread for i, unread in enumerate(listing.unread) if i % job.parts == job.part]
     state.failures = len(state.failed)
-    done, left = folder.done(), []
+    done, left, rewritten = folder.done(), [], []
+    shards = {shard: shard.stat().st_mtime for shard in folder.shards()}
     for record in mine:
-        size, shard = done.get(record.digest, (None, None))
-        if size is None:
+        if record.digest not in done:
             left.append(record)
-        elif size != record.size:
+            continue
+        size, shard = done[record.digest]
+        if size != record.size:
             raise InputError(
                 f"{record.key} was embedded when its file had {size} bytes, and it has {record.size} now; delete "
                 f"{shard}, which holds it, or choose another folder with -o"
             )
+        elif record.written > shards[shard]:
+            rewritten.append(record.key)
+    if rewritten:
+        logger.warning(
+            "%d of the files embedded before were written since, with the size that they had, the first %s: if it is "
+            "not the same content, delete the shards in %s that hold it", len(rewritten), rewritten[0], folder.path,
+        )  # fmt: skip
     state.total, state.before = len(mine) + len(state.failed), len(mine) - len(left)
     return left
 

@@ -48,6 +48,9 @@ class OneLineErrors(typer.core.TyperGroup):
         except (FusedVitError, OSError, ImportError, torch.OutOfMemoryError) as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             raise typer.Exit(1) from None
+        except MemoryError:  # says nothing itself
+            print("error: not enough memory on this host; give fewer or smaller images at once", file=sys.stderr)
+            raise typer.Exit(1) from None
 
 
 app = typer.Typer(
@@ -167,7 +170,9 @@ def encode(
         out.print(f"{len(done)} images to {output} ({vit.backend} on {vit.device})", highlight=False, soft_wrap=True)
         if pca is not None:
             try:
-                picture([read_image(row.photo) for row in done], maps).save(pca)
+                picture((read_image(row.photo) for row in done), maps).save(pca)
+            except InputError as error:
+                raise InputError(f"{pca}: {error}; the features are in {output}") from error
             except ValueError as error:  # pillow's word for an unknown suffix
                 raise InputError(f"{pca}: {error}; take .png") from error
             out.print(f"picture: {pca}", highlight=False, soft_wrap=True)

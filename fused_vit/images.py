@@ -55,7 +55,8 @@ def processor(spec: TowerSpec, source: str | Path, *, revision: str | None = Non
     path, fields = described
     try:
         kind = _processor_class(fields.get("image_processor_type", "Qwen2VLImageProcessor"))
-        _check_fields(kind, fields, p.channels)
+        check_names(kind, fields)
+        check_numbers(fields, p.channels, areas=hasattr(sys.modules[kind.__module__], "smart_resize"))
         found = kind.from_dict(fields)
     except ImportError:  # of pillow or torchvision, with the remedy
         raise
@@ -89,16 +90,21 @@ def _processor_class(name: object) -> Any:
     return found
 
 
-def _check_fields(kind: Any, fields: dict[str, Any], channels: int) -> None:
-    """No number of a processor asks for endless memory or time, and no field takes a method's place."""
+def check_names(kind: Any, fields: dict[str, Any]) -> None:
+    """No field takes a method's place. Raises ValueError."""
     for name in fields:
         if callable(getattr(kind, name, None)):
             raise ValueError(f"{name} is a method of {kind.__name__}; expected settings")
+
+
+def check_numbers(fields: dict[str, Any], channels: int, *, areas: bool) -> None:
+    """No number of a processor asks for endless memory or time. Raises ValueError.
+
+    areas: it resizes to an area between size's edges, so called; the others to sides.
+    """
     for path, number in _numbers(fields):
         largest = min((LIMITS[name] for name in path if name in LIMITS), default=AREA)
-        # these resize to an area between size's edges, so called; the others to sides
-        areas = hasattr(sys.modules[kind.__module__], "smart_resize") and path[-1] in PIXELS
-        if path[0] in SIZES and not areas:
+        if path[0] in SIZES and not (areas and path[-1] in PIXELS):
             largest = SIDE
         if not -largest <= number <= largest:  # nor is NaN
             raise ValueError(f"{'.'.join(path)} is {number}; expected at most {largest}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
+from .errors import InputError
+from .images import MAX_PIXELS
 from .spec import TowerSpec
 
 KEPT = 0.02  # share of patches that may clip at either end of a component's range
@@ -48,18 +50,28 @@ def colours(features: torch.Tensor) -> torch.Tensor:
     return pixels.reshape(*features.shape[:-1], 3)
 
 
-def picture(photos: Sequence[Any], maps: Sequence[torch.Tensor], height: int = 640, gap: int = 16) -> Any:
-    """A PIL image: each photo (PIL) beside its map (uint8 [h, w, 3]), one pair a row."""
+def picture(photos: Iterable[Any], maps: Sequence[torch.Tensor], height: int = 640, gap: int = 16) -> Any:
+    """A PIL image: each photo (PIL) beside its map (uint8 [h, w, 3]), one pair a row.
+
+    Raises InputError where that would be more than MAX_PIXELS, which few programs would open.
+    """
     from PIL import Image
 
-    rows = []
+    rows: list[Any] = []
+    widest = 0
     for photo, colour in zip(photos, maps, strict=True):
         size = (max(1, round(photo.width * height / photo.height)), height)
+        widest = max(widest, 2 * size[0] + gap)
+        if widest * len(maps) * (height + gap) > MAX_PIXELS:
+            raise InputError(
+                f"a picture of {len(maps)} photographs, {widest} pixels wide, has more than {MAX_PIXELS} pixels; give "
+                "fewer with --pca"
+            )
         row = Image.new("RGB", (2 * size[0] + gap, height), "white")
         row.paste(photo.convert("RGB").resize(size, Image.Resampling.LANCZOS), (0, 0))
         row.paste(Image.fromarray(colour.numpy()).resize(size, Image.Resampling.NEAREST), (size[0] + gap, 0))
         rows.append(row)
-    whole = Image.new("RGB", (max(r.width for r in rows), len(rows) * (height + gap) - gap), "white")
+    whole = Image.new("RGB", (widest, len(rows) * (height + gap) - gap), "white")
     for i, row in enumerate(rows):
         whole.paste(row, (0, i * (height + gap)))
     return whole

@@ -1,4 +1,4 @@
-"""Source: what a checkpoint, or a live Hugging Face module, gives: a tower's weights by part, and its image processor's
+"""Source: what a checkpoint, or a live Hugging Face module, gives: a tower's weights by part, and its processors'
 fields.
 """
 
@@ -20,6 +20,8 @@ from .weights.pack import Read, pack_tower
 from .weights.read import Tensors, check_module, reader
 
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
+# Where transformers looks for a processor's fields, beside the object of its name in PROCESSOR.
+PROCESSORS = {"image_processor": (PREPROCESSOR,), "video_processor": (f"video_{PREPROCESSOR}", PREPROCESSOR)}
 LISTED = 8  # tensors that an error names
 
 
@@ -136,18 +138,19 @@ def _list(names: list[str]) -> str:
     return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
-def read_processor(source: str | Path, *, revision: str | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """What a checkpoint says of its image processor, and the file that says it; None where a folder says nothing.
+def read_processor(
+    source: str | Path, part: str = "image_processor", *, revision: str | None = None
+) -> tuple[Path, dict[str, Any]] | None:
+    """What a checkpoint says of a processor, and the file that says it; None where a folder says nothing.
 
     transformers 5 puts it into the processor's file, and prefers what it finds there; older ones have a file for it.
     Raises CheckpointError, by the checks that config.json gets.
     """
-    found = read_beside(source, (PROCESSOR, PREPROCESSOR), revision=revision)
-    if PROCESSOR in found and isinstance(fields := found[PROCESSOR][1].get("image_processor"), dict):
+    found = read_beside(source, (PROCESSOR, *PROCESSORS[part]), revision=revision)
+    if PROCESSOR in found and isinstance(fields := found[PROCESSOR][1].get(part), dict):
         return found[PROCESSOR][0], fields
-    if PREPROCESSOR in found:
-        path, whole = found[PREPROCESSOR]
-        nested = whole.get("image_processor")
+    for path, whole in (found[name] for name in PROCESSORS[part] if name in found):
+        nested = whole.get(part)
         return path, nested if isinstance(nested, dict) else whole
     if not Path(source).expanduser().exists():
         raise CheckpointError(

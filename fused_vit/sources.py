@@ -38,6 +38,7 @@ class Record:
     at: tuple[int, int] = (0, 0)
     video: bool = False
     column: str = ""
+    written: float = 0.0  # when its file was, in seconds since 1970
 
     @property
     def digest(self) -> int:
@@ -164,21 +165,22 @@ def _file(path: str, column: str | None, listing: Listing) -> Iterator[Record]:
     try:
         if not is_text(path):
             raise InputError(NOT_TEXT)  # before anything that would have to name it
-        size = os.stat(path).st_size
+        status = os.stat(path)
+        size, written = status.st_size, status.st_mtime
         if path.lower().endswith(COMPRESSED):
             raise InputError("a compressed tar, whose members cannot be read one by one; decompress it first")
         if _suffix(path) == TAR:
-            yield from _members(path)
+            yield from _members(path, written)
         elif _suffix(path) == PARQUET:
-            yield from _rows(path, size, column)
+            yield from _rows(path, size, column, written)
         else:
-            yield Record(path, 0, path, size, video=_suffix(path) in VIDEOS)
+            yield Record(path, 0, path, size, video=_suffix(path) in VIDEOS, written=written)
     except (OSError, tarfile.TarError, InputError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         listing.unread.append(Unread(shown(path), " ".join(reason.split())))
 
 
-def _members(path: str) -> Iterator[Record]:
+def _members(path: str, written: float) -> Iterator[Record]:
     """Those before the place where a tar is broken, too."""
     index = 0
     with tarfile.open(path, "r:") as tar:
@@ -187,16 +189,18 @@ def _members(path: str) -> Iterator[Record]:
             if member.isreg() and kind in IMAGES | VIDEOS:
                 at = (member.offset_data, member.size)
                 key = f"{path}/{member.name.removeprefix('./')}"
-                yield Record(key, index, path, member.size, "tar", at, kind in VIDEOS)
+                yield Record(key, index, path, member.size, "tar", at, kind in VIDEOS, written=written)
                 index += 1
 
 
-def _rows(path: str, size: int, column: str | None) -> list[Record]:
+def _rows(path: str, size: int, column: str | None, written: float) -> list[Record]:
     parquet = _parquet(path)
     name = _column(path, parquet.schema_arrow, column)
     rows = [n for g in range(parquet.num_row_groups) for n in ((g, r) for r in range(_length(parquet, g)))]
     parquet.close()
-    return [Record(f"{path}#{i}", i, path, size, "parquet", at, column=name) for i, at in enumerate(rows)]
+    return [
+        Record(f"{path}#{i}", i, path, size, "parquet", at, column=name, written=written) for i, at in enumerate(rows)
+    ]
 
 
 def _length(parquet: Any, group: int) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, InputError
+from .images import CAUSE, check_names, check_numbers
+from .source import read_processor
 from .spec import TowerSpec
 
 logger = logging.getLogger("fused_vit")
@@ -26,28 +28,26 @@ def video_processor(
     """The video processor that `source` names, or Qwen3-VL's where it describes none.
 
     fps, frames: sample so many a second, or so many of a whole video, instead of what the processor is set to.
-    Raises CheckpointError, or ImportError where torchvision is missing, which Hugging Face's video processors need.
+    Raises CheckpointError, as for the image processor, or ImportError where torchvision is missing, which Hugging
+    Face's video processors need.
     """
     place = Path(source).expanduser()
     place = place.parent if place.is_file() else place
-    p = spec.patch
+    p, described = spec.patch, read_processor(source, "video_processor", revision=revision)
+    if described is not None:
+        _check_numbers(*described, p.channels)
     try:
         import torchvision.transforms.v2.functional  # noqa: F401
-        from transformers import AutoVideoProcessor, Qwen3VLVideoProcessor
+        from transformers import Qwen3VLVideoProcessor
     except (ImportError, RuntimeError) as error:  # of a build for another torch: RuntimeError
         raise ImportError(
             "videos need transformers 5 and the torchvision that was built for this torch, for Hugging Face's video "
             f"processors ({error})"
         ) from error
-    names = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
-    if place.is_dir() and not any((place / name).is_file() for name in names):
+    if described is None:
         found: Any = Qwen3VLVideoProcessor(patch_size=p.size, temporal_patch_size=p.temporal, merge_size=spec.merge)
     else:
-        try:
-            named: Any = AutoVideoProcessor  # untyped
-            found = named.from_pretrained(place if place.is_dir() else str(source), revision=revision)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{source}: it describes no video processor that can be read ({error})") from error
+        found = _named(place if place.is_dir() else str(source), *described, revision)
     if found.patch_size != p.size:
         raise CheckpointError(
             f"{source}: its video processor has patches of {found.patch_size}; config.json says {p.size}: take both "
@@ -56,6 +56,35 @@ def video_processor(
     if fps is not None or frames is not None:
         found.fps, found.num_frames, found.do_sample_frames = fps, frames, True
     return found
+
+
+def _named(source: str | Path, path: Path, fields: dict[str, Any], revision: str | None) -> Any:
+    """The processor that transformers finds by the fields, which are in the file at `path`, or by config.json."""
+    from transformers import AutoVideoProcessor
+
+    named: Any = AutoVideoProcessor  # untyped
+    try:
+        found = named.from_pretrained(source, revision=revision, trust_remote_code=False)
+        check_names(type(found), fields)
+    except ImportError:
+        raise
+    except Exception as error:  # whatever transformers meets in what anybody may have written
+        raise _unusable(path, error) from error
+    return found
+
+
+def _check_numbers(path: Path, fields: dict[str, Any], channels: int) -> None:
+    """Before anything of transformers meets them."""
+    try:
+        check_numbers(fields, channels, areas=True)
+    except ValueError as error:
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: no video processor that can be used ({str(error)[:CAUSE]}). Take it from the tower's release."
+    )
 
 
 def need_av() -> Any:

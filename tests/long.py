@@ -1,7 +1,7 @@
 """Long: the tests that try things at random or over and over, at full length, and reports of what they tried.
 
 python -m tests.long fuzz        # or: make fuzz; on a CPU, about a quarter of an hour on two cores
-python -m tests.long soak        # or: make soak; on a GPU, about three minutes
+python -m tests.long soak        # or: make soak; on a GPU, about six minutes
 Each writes bench/results/NAME.json and its table in docs/reliability.md.
 """
 
@@ -54,7 +54,7 @@ RUNS = {
         {"FUZZ": "10000", "FLIPS": "10000", "CALLS": "10000"}, "on a CPU", on_a_cpu,
     ),
     "soak": Run(
-        tuple(f"tests/gpu/test_{name}_gpu.py" for name in ("determinism", "threads", "memory", "lifecycle")),
+        tuple(f"tests/gpu/test_{name}_gpu.py" for name in ("calls", "determinism", "threads", "memory", "lifecycle")),
         {"CALLS": "10000", "SOAK_SECONDS": "60", "REPEATS": "250"}, "on a GPU", environment,
     ),
 }  # fmt: skip

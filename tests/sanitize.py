@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,7 +34,9 @@ from fused_vit.executor import define, launch
 from fused_vit.kernels import config, linear, qkv, residual
 from fused_vit.packing import items, table
 from fused_vit.plan import build_plan
+from fused_vit.spec import TowerSpec
 from fused_vit.towers import parse_config
+from fused_vit.weights.pack import byte_weights
 from fused_vit.workspace import shapes
 from tests.gpu.towers import DEVICE, random_weights
 
@@ -54,9 +57,15 @@ TOWERS: dict[str, dict[str, Any]] = {
                                          "vt_num_attention_heads": 2, "vt_intermediate_size": 300,
                                          "text_config": {"hidden_size": 128}},
     "heads of 128": QWEN3 | {"hidden_size": 256, "num_heads": 2, "intermediate_size": 520},
+    "normed heads of 64, clamped": {"model_type": "glm5_next", "depth": 2, "hidden_size": 128, "num_heads": 2,
+                                    "intermediate_size": 300, "out_hidden_size": 128,
+                                    "projection_intermediate_size": 200},
 }  # fmt: skip
+OF_BYTES = {f"{name}, of bytes": name for name in ("heads of 64", "heads of 72")}  # pixels are uint8; else the same
+TOWERS |= {of_bytes: TOWERS[name] for of_bytes, name in OF_BYTES.items()}
 EVERY_FORM = ("heads of 72", "windows, gated, heads of 80")
 GRID = [[1, 14, 18], [1, 2, 2], [2, 6, 10]]
+POISON = {"int32": -1, "uint8": 255}  # of the other dtypes NaN
 BARRIERS = 64  # of a program: the tools count what nvcc says a kernel has, and these are not of nvcc
 ERROR = re.compile(r"^========= ((?:Invalid|Misaligned|Program hit|Error:|Warning:|Potential).*)$", re.M)
 RACE = re.compile(r"^========= (?:Error|Warning): Race reported between (.*)\n((?:=========\s+and .*\n)+)", re.M)
@@ -66,6 +75,8 @@ SUMMARY = re.compile(r"^========= (?:ERROR|RACECHECK) SUMMARY: (.*)$", re.M)
 
 def forms_of(tower: str, kind: str) -> list[str]:
     """Of the matmuls: Triton's, and on Hopper what Gluon has, each in two towers that together have every op."""
+    if tower in OF_BYTES:
+        return ["plain"]  # of their own they have only the patch embedding
     every = range(max(map(len, config._HOPPER.values()))) if tower in EVERY_FORM else range(1)
     return ["plain"] + ([] if kind == "float32" else [f"gluon {n}" for n in every])
 
@@ -87,25 +98,36 @@ def forced(form: str) -> Iterator[None]:
         yield
 
 
+def pixels_of(spec: TowerSpec, patches: int, dtype: torch.dtype) -> torch.Tensor:
+    shape, generator = (patches, spec.patch.features), torch.Generator().manual_seed(0)
+    if spec.patch.bytes:
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
 def launches(tower: str, kind: str) -> None:
     """Eager passes over poisoned workspaces that fit the images but for a few rows, each buffer by itself."""
     fields, dtype = TOWERS[tower], getattr(torch, kind)
     spec = parse_config(fields, projector="text_config" in fields)
     kept = random_weights(spec, dtype, "cpu")
+    if tower in OF_BYTES:
+        kept = byte_weights(spec, kept, (0.5, 0.4, 0.3), (0.5, 0.3, 0.2))
+        spec = replace(spec, patch=replace(spec.patch, bytes=True))
     weights = {name: t.to(DEVICE) for name, t in kept.items()}
     patches = sum(t * h * w for t, h, w in GRID)
     pack, plan = items(spec, GRID, patches), build_plan(spec)
     bucket = Bucket(sum(item.rows for item in pack) + 12, sum(item.segments for item in pack) + 3)
-    pixels = torch.randn(patches, spec.patch.features, generator=torch.Generator().manual_seed(0)).to(dtype)
-    want = define(plan, {name: t.float() for name, t in kept.items()}, pixels.float(), pack)
-    dtypes = {"model": dtype, "float32": torch.float32, "int32": torch.int32}
+    pixels = pixels_of(spec, patches, dtype)
+    exact = pixels if spec.patch.bytes else pixels.float()
+    want = define(plan, {name: t.float() for name, t in kept.items()}, exact, pack)
+    dtypes = {"model": dtype, "float32": torch.float32, "int32": torch.int32, "uint8": torch.uint8}
     for form in forms_of(tower, kind):
         with forced(form):
             arch = config.device_arch(torch.device(DEVICE))
             tile = config.attention_config(spec.attention.head_dim, dtype, arch).block_m
             buffers = {}
             for buffer in plan.buffers:  # made on the CPU: torch's own kernels are none of the sanitizer's business
-                shape, poison = shapes(plan, bucket, tile)[buffer.name], -1 if buffer.dtype == "int32" else float("nan")
+                shape, poison = shapes(plan, bucket, tile)[buffer.name], POISON.get(buffer.dtype, float("nan"))
                 buffers[buffer.name] = torch.full(shape, poison, dtype=dtypes[buffer.dtype])
             integers = torch.tensor(table(pack, tile), dtype=torch.int32)
             buffers["table"][: len(integers)] = integers

@@ -25,7 +25,8 @@ from tests.towers_hf import random_pixels, tiny_tower
 
 GRID = [[1, 4, 6], [2, 6, 4]]
 ROWS, FEATURES = 72, 96  # 3 channels x 2 frames x 4 x 4
-FUZZ = int(os.environ.get("FUZZ", "300"))
+SHORT = 300  # calls of a fuzzed test, the same ones every time
+FUZZ = int(os.environ.get("FUZZ", SHORT))
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +175,7 @@ def test_there_are_at_least_sixty() -> None:
 
 def unaligned(x: torch.Tensor) -> torch.Tensor:
     """The same numbers 17 elements into another storage."""
-    storage = torch.zeros(x.numel() + 17)
+    storage = x.new_zeros(x.numel() + 17)
     storage[17:] = x.flatten()
     return storage[17:].view(x.shape)
 
@@ -189,7 +190,7 @@ VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "columns first in memory": lambda x: x.T.contiguous().T,
     "every second row": lambda x: torch.stack([x, -x], 1).flatten(0, 1)[::2],
     "every second column": lambda x: torch.stack([x, -x], 2).flatten(1)[:, ::2],
-    "part of wider rows": lambda x: torch.cat([x, x], 1)[:, FEATURES:],
+    "part of wider rows": lambda x: torch.cat([x, x], 1)[:, x.shape[1] :],
     "unaligned": unaligned,
     "patches with their dims": lambda x: x.view(-1, 3, 2, 4, 4),
     "with a gradient": lambda x: x.clone().requires_grad_(),
@@ -265,19 +266,47 @@ shapes = st.just([ROWS, FEATURES]) | st.lists(st.sampled_from([ROWS, FEATURES]) 
 layouts = st.sampled_from(sorted(VIEWS))
 
 
-def fuzz(record: Callable[[str, Any], None], test: Callable[..., bool], **strategies: Any) -> None:
-    """test(**drawn) FUZZ times; how many were results and how many errors goes into the report."""
+def fuzz(record: Callable[[str, Any], None], test: Callable[..., bool], count: int = FUZZ, **strategies: Any) -> None:
+    """test(**drawn) `count` times; how many were results and how many errors goes into the report."""
     found: Counter[str] = Counter()
 
-    @settings(max_examples=FUZZ, deadline=None, database=None)
+    @settings(max_examples=count, deadline=None, database=None, derandomize=count == SHORT)
     @given(**strategies)
     def one(**drawn: Any) -> None:
         found["results" if test(**drawn) else "errors"] += 1
 
     one()
-    assert sum(found.values()) >= FUZZ, f"only {found} are different"
-    for kind, count in found.items():
-        record(kind, count)
+    assert sum(found.values()) >= count, f"only {found} are different"
+    for kind, times in found.items():
+        record(kind, times)
+
+
+def any_grid(vit: fused_vit.FusedViT, pixels: torch.Tensor, want: torch.Tensor, grid: Any) -> bool:
+    """Whether it gives a result: with as many rows as it says, or one error; and the next call is right."""
+    rows = ROWS
+    with contextlib.suppress(TypeError, ValueError, OverflowError):  # pixels that fit, where the grid is one
+        rows = sum(int(t) * int(h) * int(w) for t, h, w in grid)
+    try:
+        out = vit(pixels[:1].expand(rows if 0 < rows < 1000 else ROWS, FEATURES), grid)
+        assert len(out.last_hidden_state) == rows and 4 * len(out.pooler_output) == rows
+        return True
+    except InputError as error:
+        assert "grid_thw" in str(error)
+        return False
+    finally:
+        assert torch.equal(vit(pixels, GRID).pooler_output, want)
+
+
+def any_pixels(vit: fused_vit.FusedViT, pixels: torch.Tensor, want: torch.Tensor, given: torch.Tensor) -> bool:
+    """Whether they give a result, as those do that fit GRID; the others one error; and the next call is right."""
+    right = list(given.shape) == [ROWS, FEATURES] and given.is_floating_point() and given.device == vit.device
+    try:
+        out = vit(given, GRID)
+        assert right and len(out.last_hidden_state) == ROWS
+    except InputError as error:
+        assert not right and "pixel_values" in str(error)
+    assert torch.equal(vit(pixels, GRID).pooler_output, want)
+    return right
 
 
 def test_every_grid_of_whole_blocks_gives_its_rows(vit: fused_vit.FusedViT, record_property: Any) -> None:
@@ -293,35 +322,14 @@ def test_every_grid_of_whole_blocks_gives_its_rows(vit: fused_vit.FusedViT, reco
 def test_any_grid_gives_a_result_or_one_error(
     vit: fused_vit.FusedViT, pixels: torch.Tensor, want: torch.Tensor, record_property: Any
 ) -> None:
-    def test(grid: Any) -> bool:
-        rows = ROWS
-        with contextlib.suppress(TypeError, ValueError, OverflowError):  # pixels that fit, where the grid is one
-            rows = sum(int(t) * int(h) * int(w) for t, h, w in grid)
-        try:
-            out = vit(pixels[:1].expand(rows if 0 < rows < 1000 else ROWS, FEATURES), grid)
-            assert len(out.last_hidden_state) == rows and 4 * len(out.pooler_output) == rows
-            return True
-        except InputError as error:
-            assert "grid_thw" in str(error)
-            return False
-        finally:
-            assert torch.equal(vit(pixels, GRID).pooler_output, want)
-
-    fuzz(record_property, test, grid=anything | nearly | tensors)
+    fuzz(record_property, lambda grid: any_grid(vit, pixels, want, grid), grid=anything | nearly | tensors)
 
 
 def test_any_pixels_give_a_result_or_one_error(
     vit: fused_vit.FusedViT, pixels: torch.Tensor, want: torch.Tensor, record_property: Any
 ) -> None:
     def test(shape: list[int], dtype: torch.dtype) -> bool:
-        right = shape == [ROWS, FEATURES] and dtype.is_floating_point
-        try:
-            out = vit(torch.ones(shape).to(dtype), GRID)
-            assert right and len(out.last_hidden_state) == ROWS
-        except InputError as error:
-            assert not right and "pixel_values" in str(error)
-        assert torch.equal(vit(pixels, GRID).pooler_output, want)
-        return right
+        return any_pixels(vit, pixels, want, torch.ones(shape).to(dtype))
 
     fuzz(record_property, test, shape=shapes, dtype=floats)
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
+from fused_vit import pca
 from fused_vit.cli import app
 
 transformers = pytest.importorskip("transformers")
@@ -126,6 +127,23 @@ def test_encode_writes_each_image_and_a_picture(checkpoint: Path, photos: list[P
             assert file.get_tensor(f"{photo}.deepstack.0").shape == (t * h * w // 4, 32)
         assert len(file.keys()) == 6
     assert Image.open(png).size[1] == 2 * 640 + 16
+
+
+def test_a_picture_that_is_too_large_costs_only_itself(
+    checkpoint: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pca, "MAX_PIXELS", 10**6)
+    out, png = tmp_path / "out.safetensors", tmp_path / "pca.png"
+    result = run("encode", *photos, "--checkpoint", checkpoint, "-o", out, "--pca", png, "--device", "cpu")
+    assert result.exit_code == 1 and out.exists() and not png.exists()
+    assert result.stderr.splitlines()[-1].startswith(f"error: {png}: a picture of {len(photos)} photographs, ")
+
+    def short(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(pca, "picture", short)
+    result = run("encode", *photos, "--checkpoint", checkpoint, "-o", out, "--pca", png, "--device", "cpu")
+    assert result.exit_code == 1 and result.stderr.splitlines()[-1].startswith("error: not enough memory")
 
 
 def test_encoding_alone_is_encoding_together(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:

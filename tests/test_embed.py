@@ -352,6 +352,20 @@ def test_new_files_are_added_and_changed_ones_are_refused(checkpoint: Path, tmp_
         embed(source, checkpoint, tmp_path / "out")
 
 
+def test_files_that_were_written_since_are_told_of_and_not_done_again(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    archives.photographs(tmp_path / "in", [3, 4])
+    embed(tmp_path / "in", checkpoint, tmp_path / "out")
+    embed(tmp_path / "in", checkpoint, tmp_path / "out")
+    assert not caplog.messages
+    later = time.time() + 60
+    os.utime(tmp_path / "in" / "004.png", (later, later))
+    state = embed(tmp_path / "in", checkpoint, tmp_path / "out")
+    assert (state.done, state.before) == (0, 2)
+    assert len(caplog.messages) == 1 and "1 of the files" in caplog.text and "004.png" in caplog.text
+
+
 def test_a_folder_of_another_encoder_or_of_other_options_is_refused(
     checkpoint: Path, photos: Path, tmp_path: Path
 ) -> None:

@@ -63,9 +63,11 @@ def encoder(
 
 
 def pixels_of(vit: FusedViT, grid: Grid, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    patches = sum(t * h * w for t, h, w in grid)
-    return torch.randn(patches, vit.spec.patch.features, generator=generator).to(vit.dtype).to(vit.device)
+    generator, patch = torch.Generator().manual_seed(seed), vit.spec.patch
+    shape = sum(t * h * w for t, h, w in grid), patch.features
+    if patch.bytes:
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(vit.device)
+    return torch.randn(shape, generator=generator).to(vit.dtype).to(vit.device)
 
 
 def flat(out: VisionOutput) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ class Mutant:
     new: str
     test: str
     interpreted: bool = False  # the test runs kernels in Triton's interpreter
+    needs: str = ""  # what a machine must have for the test: a key of test_mutants.NEEDS
 
 
 PACKING, PLAN, FOLD = "tests/test_packing.py", "tests/test_plan.py", "tests/weights/test_fold_pack.py"
@@ -22,6 +23,10 @@ ENCODER, CALLS, DEFINE = "tests/test_encoder.py", "tests/test_calls.py", "tests/
 CHECKPOINT, KERNELS = "tests/weights/test_checkpoint.py", "tests/kernels/interpreted.py"
 VLLM = "tests/adapters/test_vllm.py"
 EMBED, ENCODE, SOURCES = "tests/test_embed.py", "tests/test_encode.py", "tests/test_sources.py"
+TOWER_GPU, THREADS_GPU = "tests/gpu/test_tower_gpu.py", "tests/gpu/test_threads_gpu.py"
+CAPTURE_GPU, LARGE_GPU = "tests/gpu/test_capture_gpu.py", "tests/gpu/test_large_gpu.py"
+STEPS_GPU = "tests/gpu/test_kernels_gpu.py::test_each_step_matches_its_definition[8b-one-bfloat16]"
+ATTENTION_GPU = "tests/gpu/test_kernels_gpu.py::test_attention_in_both_forms[72-16-16-bfloat16-gluon]"
 
 MUTANTS = (
     # --- the host: packing, plan, workspace, buckets ---
@@ -108,7 +113,7 @@ MUTANTS = (
            "tests/test_cli.py::test_no_name_costs_another_photograph_its_result"),
     Mutant("rows only forward", "fused_vit/sources.py", "if row < self.first:", "if False:",
            f"{SOURCES}::test_parquet_rows_are_read_alone_and_in_any_order"),
-    Mutant("what is done is done again", "fused_vit/archive.py", "if size is None:", "if True:",
+    Mutant("what is done is done again", "fused_vit/archive.py", "if record.digest not in done:", "if True:",
            f"{EMBED}::test_shards_partition_the_work_exactly"),
     Mutant("a manifest in its place at once", "fused_vit/shards.py", "os.link(unfinished, manifest)",
            "manifest.touch() or os.link(unfinished, manifest)",
@@ -116,7 +121,7 @@ MUTANTS = (
     Mutant("a shard in its place at once", "fused_vit/shards.py", 'unfinished = self.path / f"_{name}.tmp"',
            "unfinished = self.path / name",
            f"{EMBED}::test_killed_anywhere_a_second_run_completes_and_a_third_does_nothing"),
-    Mutant("a changed file passes", "fused_vit/archive.py", "elif size != record.size:", "elif False:",
+    Mutant("a changed file passes", "fused_vit/archive.py", "if size != record.size:", "if False:",
            f"{EMBED}::test_new_files_are_added_and_changed_ones_are_refused"),
     Mutant("encoders mix", "fused_vit/shards.py", 'if "encoder" in differs:', "if False:",
            f"{EMBED}::test_a_folder_of_another_encoder_or_of_other_options_is_refused"),
@@ -189,4 +194,59 @@ MUTANTS = (
            f"{KERNELS}::test_norm", interpreted=True),
     Mutant("windows in rows", "kernels/unfold.py", "within -= column * high * SPAN", "within -= column * wide * SPAN",
            f"{KERNELS}::test_unfold", interpreted=True),
+    # --- what only a GPU shows: graphs, streams, memory ---
+    Mutant("an output in the workspace", "fused_vit/encoder.py",
+           "iter(torch._foreach_mul([result for result in results if result is not None], 1))",
+           "iter([result for result in results if result is not None])",
+           f"{TOWER_GPU}::test_outputs_are_fresh_and_inputs_may_be_overwritten", needs="a GPU"),
+    Mutant("a stale count of rows", "fused_vit/batch.py", "self.table.copy_(pack.table, non_blocking=True)",
+           "self.table[1:].copy_(pack.table[1:], non_blocking=True)",
+           f"{TOWER_GPU}::test_replay_equals_eager_bit_for_bit_on_a_poisoned_slab", needs="a GPU"),
+    Mutant("another bucket's graph", "fused_vit/encoder.py", "self._graphs[bucket].replay()",
+           "self._graphs[self.buckets[bucket == self.buckets[0]]].replay()",
+           f"{TOWER_GPU}::test_replay_equals_eager_bit_for_bit_on_a_poisoned_slab", needs="a GPU"),
+    Mutant("packs over each other", "fused_vit/encoder.py",
+           "filled = {dim: n + pack.sizes[dim] for dim, n in filled.items()}", "pass",
+           f"{TOWER_GPU}::test_packs_beyond_the_largest_bucket_are_split_and_one_larger_image_still_runs",
+           needs="a GPU"),
+    Mutant("a call waits for the device", "fused_vit/batch.py", "self.table.copy_(pack.table, non_blocking=True)",
+           "self.table.copy_(pack.table)",
+           f"{TOWER_GPU}::test_after_warmup_a_call_allocates_only_its_output_and_does_not_synchronise", needs="a GPU"),
+    Mutant("a stream does not wait for another's turn", "fused_vit/turns.py", "elif stream is not self._last:",
+           "elif False:", f"{TOWER_GPU}::test_streams_take_turns", needs="a GPU"),
+    Mutant("a step aside is in no graph", "fused_vit/executor.py",
+           "            side.wait_stream(torch.cuda.current_stream())\n", "",
+           f"{TOWER_GPU}::test_every_bucket_gives_an_image_the_same_bits[60 patches]", needs="a GPU"),
+    Mutant("launched on the current device", "fused_vit/turns.py",
+           "if torch.cuda.current_device() == self.device.index else torch.cuda.device(self.device)", "",
+           "tests/gpu/test_lifecycle_gpu.py::test_a_device_that_is_not_the_current_one", needs="two GPUs"),
+    Mutant("an outgrown slab given away", "fused_vit/encoder.py",
+           "                self._turns.wait()\n                self._oversize = None",
+           "                self._oversize = None",
+           f"{THREADS_GPU}::test_a_slab_that_is_outgrown_is_not_given_away_while_it_is_used", needs="a GPU"),
+    Mutant("a dropped encoder's memory given away", "fused_vit/encoder.py",
+           "        if not self._turns.forked():\n            self._turns.wait()", "        pass",
+           f"{THREADS_GPU}::test_memory_of_an_encoder_is_not_given_away_while_it_runs[dropped]", needs="a GPU"),
+    Mutant("a failed capture keeps its stream current", "fused_vit/graphs.py",
+           "                torch.cuda.stream(torch.cuda.current_stream()),\n", "",
+           f"{CAPTURE_GPU}::test_a_capture_that_cuda_gives_up_leaves_nothing_behind", needs="a GPU"),
+    Mutant("garbage is collected during a capture", "fused_vit/graphs.py", "        gc.disable()\n", "",
+           f"{CAPTURE_GPU}::test_no_garbage_is_collected_while_a_graph_is_captured", needs="a GPU"),
+    # --- what only a GPU shows: compiled kernels ---
+    Mutant("rows in 32 bits", "kernels/linear.py", "y_ptr + place.to(tl.int64)[:, None] * width",
+           "y_ptr + place[:, None] * width",
+           f"{LARGE_GPU}::test_rows_beyond_32_bits_are_those_of_small_calls[plain]", needs="a GPU"),
+    Mutant("heads in 32 bits", "kernels/hopper_epilogues.py",
+           "gl.cast(head, gl.int64) * plane + gl.cast(row, gl.int64) * STRIDE", "(head * plane + row * STRIDE)",
+           f"{LARGE_GPU}::test_rows_beyond_32_bits_are_those_of_small_calls[gluon]", needs="Hopper"),
+    Mutant("keys of two blocks count twice", "kernels/hopper_attention.py",
+           "(key >= (gl.cdiv(rows, BLOCK_N) - 1) * BLOCK_N) & (key < rows)", "key < rows", ATTENTION_GPU,
+           needs="Hopper"),
+    Mutant("a neighbour's rows stay", "kernels/hopper_attention.py",
+           "part.store(gl.where(row < first, value, gl.zeros([ROWS, COLUMNS], DTYPE, layout)))", "part.store(value)",
+           ATTENTION_GPU, needs="Hopper"),
+    Mutant("sums in another part", "kernels/hopper_epilogues.py", "sums_ptr + part * capacity + own_row",
+           "sums_ptr + (part + 1) * capacity + own_row", STEPS_GPU, needs="Hopper"),
+    Mutant("a bias skipped", "kernels/hopper_epilogues.py", "y = gl.fma(y, row_vector(row_side, 0, layout), bias)",
+           "y = y * row_vector(row_side, 0, layout)", STEPS_GPU, needs="Hopper"),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 python -m tests.weights.hostile crafted           every case of CASES
 python -m tests.weights.hostile processors        every case of PROCESSORS
+python -m tests.weights.hostile videos            every case of VIDEO_PROCESSORS
 python -m tests.weights.hostile flips 10000       as many flips of one bit to eight, all over a checkpoint
 
 The process watches itself: Python's own opens by an audit hook, everybody's opens of files outside the checkpoint's
@@ -22,7 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from fused_vit.errors import CheckpointError, SpecError
 from fused_vit.images import processor
 from fused_vit.layouts import choose_layout
 from fused_vit.towers import find_tower, parse_config
+from fused_vit.videos import video_processor
 from fused_vit.weights.checkpoint import LARGEST_CONFIG, LARGEST_COUNT, LARGEST_HEADERS, LARGEST_INDEX, Checkpoint
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -71,6 +73,7 @@ def good(folder: Path) -> Path:
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": files}))
     (folder / CONFIG).write_text(json.dumps({"model_type": "qwen3_vl", "vision_config": VISION}))
     (folder / PREPROCESSOR).write_text(json.dumps(FIELDS))
+    (folder / VIDEO).write_text(json.dumps(VIDEO_FIELDS))
     (folder / PROCESSOR).write_text("{}")
     return folder
 
@@ -402,7 +405,7 @@ CASES: dict[str, Case] = {
     ),
 }  # fmt: skip
 
-PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+PREPROCESSOR, PROCESSOR, VIDEO = "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"
 FIELDS = {
     "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 2, "temporal_patch_size": 1, "merge_size": 2,
     "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 16, "longest_edge": 4096},
@@ -478,6 +481,35 @@ PROCESSORS: dict[str, Case] = {
     ),
 }  # fmt: skip
 
+VIDEO_FIELDS = FIELDS | {"video_processor_type": "Qwen3VLVideoProcessor"}
+
+
+def video_fields(**changed: Any) -> Spoil:
+    return put(VIDEO, json.dumps({**VIDEO_FIELDS, **changed}).encode())
+
+
+VIDEO_PROCESSORS: dict[str, Case] = {
+    "a link outside": bad(link(VIDEO), VIDEO, "outside its folder"),
+    "the images' a link outside": bad(link(PREPROCESSOR), PREPROCESSOR, "outside its folder"),
+    "nested deep": bad(put(VIDEO, b"[" * 10**5), VIDEO, "not JSON"),
+    "truncated": bad(put(VIDEO, json.dumps(VIDEO_FIELDS).encode()[:-9]), VIDEO, "not JSON"),
+    "a list": bad(put(VIDEO, b"[]"), VIDEO, "list"),
+    "of a tebibyte": bad(sparse(VIDEO, b"{", TIB), VIDEO, "more than"),
+    "the images' of a tebibyte": bad(sparse(PREPROCESSOR, b"{", TIB), PREPROCESSOR, "more than"),
+    "the processor's of a tebibyte": bad(sparse(PROCESSOR, b"{", TIB), PROCESSOR, "more than"),
+    "dense": bad(put(VIDEO, dense(b'{"a":[', b"[],", b"0]}", LARGEST_CONFIG)), VIDEO, "values"),
+    "of endless pixels": bad(video_fields(size={"shortest_edge": 1, "longest_edge": 10**12}), "size.longest_edge is"),
+    "of an endless side": bad(video_fields(crop_size={"height": 10**7, "width": 4}), "crop_size.height is 10000000"),
+    "of a size that is not a number": bad(put(VIDEO, b'{"size": {"shortest_edge": NaN}}'), "shortest_edge is nan"),
+    "of endless frames": bad(video_fields(temporal_patch_size=10**6), "temporal_patch_size is 1000000"),
+    "of more frames than anything has": bad(video_fields(max_frames=10**12), "max_frames is 10000"),
+    "of a mean of two": bad(video_fields(image_mean=[0.5, 0.5]), "image_mean is [0.5, 0.5]"),
+    "the processor's of a spread of zero": bad(
+        put(PROCESSOR, json.dumps({"video_processor": {**VIDEO_FIELDS, "image_std": [0.5, 0, 0.5]}}).encode()),
+        "image_std is [0.5, 0, 0.5]",
+    ),
+}  # fmt: skip
+
 
 # --- watching ---------------------------------------------------------------------
 
@@ -541,6 +573,12 @@ def stored(folder: Path) -> dict[str, tuple[torch.Tensor, bool]]:
 def prepare(folder: Path) -> Any:
     """The image processor, which has no tensor of the tower to read."""
     return processor(parse_config({"model_type": "qwen3_vl", "vision_config": VISION}), folder)
+
+
+def prepare_video(folder: Path) -> None:
+    """The video processor; where there is no torchvision, as far as it is not needed."""
+    with suppress(ImportError):
+        video_processor(parse_config({"model_type": "qwen3_vl", "vision_config": VISION}), folder)
 
 
 def crafted(root: Path, cases: dict[str, Case], act: Callable[[Path], object]) -> dict[str, Any]:
@@ -656,6 +694,8 @@ def main() -> None:
             print(json.dumps(crafted(Path(root).resolve(), CASES, load)))
         elif sys.argv[1] == "processors":
             print(json.dumps(crafted(Path(root).resolve(), PROCESSORS, prepare)))
+        elif sys.argv[1] == "videos":
+            print(json.dumps(crafted(Path(root).resolve(), VIDEO_PROCESSORS, prepare_video)))
         else:
             count, seed = int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0
             print(json.dumps(flips(Path(root).resolve(), count, seed)))

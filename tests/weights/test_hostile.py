@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.weights.hostile import CASES, PROCESSORS, Case
+from tests.weights.hostile import CASES, PROCESSORS, VIDEO_PROCESSORS, Case
 
 ROOT = Path(__file__).parents[2]
 SECONDS, MIB = 10.0, 256.0  # of one load; a case takes milliseconds, its machine may be busy
@@ -43,6 +43,12 @@ def processors() -> dict[str, Any]:
     return report("processors")
 
 
+@pytest.fixture(scope="module")
+def videos() -> dict[str, Any]:
+    pytest.importorskip("transformers")
+    return report("videos")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_crafted_checkpoint_is_one_clear_error(crafted: dict[str, Any], name: str) -> None:
     check(CASES[name], crafted[name])
@@ -51,6 +57,11 @@ def test_a_crafted_checkpoint_is_one_clear_error(crafted: dict[str, Any], name: 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_a_crafted_image_processor_is_one_clear_error(processors: dict[str, Any], name: str) -> None:
     check(PROCESSORS[name], processors[name])
+
+
+@pytest.mark.parametrize("name", VIDEO_PROCESSORS)
+def test_a_crafted_video_processor_is_one_clear_error(videos: dict[str, Any], name: str) -> None:
+    check(VIDEO_PROCESSORS[name], videos[name])
 
 
 def check(case: Case, row: dict[str, Any]) -> None:

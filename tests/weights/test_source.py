@@ -37,6 +37,15 @@ def test_an_image_processor_is_found_where_transformers_finds_it(
         assert read_processor(source) == (None if where is None else (tmp_path / where, {"a": 1}))
 
 
+def test_a_video_processor_has_a_file_of_its_own_before_the_images(tmp_path: Path) -> None:
+    for name in (PREPROCESSOR, f"video_{PREPROCESSOR}"):
+        (tmp_path / name).write_text(json.dumps({"of": name}))
+        assert read_processor(tmp_path, "video_processor") == (tmp_path / name, {"of": name})
+    (tmp_path / PROCESSOR).write_text(json.dumps({"video_processor": {"of": PROCESSOR}}))
+    assert read_processor(tmp_path, "video_processor") == (tmp_path / PROCESSOR, {"of": PROCESSOR})
+    assert read_processor(tmp_path) == (tmp_path / PREPROCESSOR, {"of": PREPROCESSOR})
+
+
 def test_a_hub_id_without_one_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of reach and absent look alike, and the pixels of another processor would be wrong without a word."""
 
