@@ -1,23 +1,27 @@
-"""JPEG files to pooled vectors, end to end: `fused-vit embed` beside Hugging Face's processor and tower.
+"""JPEG files to pooled vectors, end to end: what `fused-vit embed` does, beside Hugging Face's processor and tower.
 
 python -m bench.embed --devices 1 2 --out bench/results/embed.json
 
-Everything is made here: photographs, random weights of Qwen3-VL-8B's tower and its preprocessor_config.json. Hugging
-Face runs three ways: image by image, in its best batch, and with as many DataLoader workers as ours has.
+Everything is made here: photographs, random weights of Qwen3-VL-8B's tower and its preprocessor_config.json. A process
+for each GPU loads the tower once, captures its graphs, and embeds one archive after the other; each GPU has as many
+images to do. A rate counts from the first prepared image, on any GPU, to the last shard on disk; what a process needs
+before that is told beside it. Hugging Face runs three ways: image by image, in its best batch, and with as many
+DataLoader workers as ours has. `python -m bench.report` writes the table of docs/embedding.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import queue
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +35,24 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bench.peers import rounded
-from bench.timing import environment, require_gpu, save, script
+from bench.timing import BenchError, environment, require_gpu, save, script
+from fused_vit import archive
+from fused_vit.archive import Job, State
+from fused_vit.encoder import load
+from fused_vit.errors import FusedVitError
+from fused_vit.images import processor
 from fused_vit.parity import exact_fp32, relative
-from fused_vit.preparing import default_workers
+from fused_vit.preparing import Preparer, default_workers
 
 SIZES = {  # (width, height) of a case's photographs, which take turns
     "224²": [(224, 224)],
     "448²": [(448, 448)],
     "mixed": [(224, 224), (640, 480), (448, 448), (480, 640), (1024, 768), (320, 240), (1280, 720), (800, 600)],
 }
+IMAGES = {"224²": 12000, "448²": 4000, "mixed": 2000}  # for each GPU: about five seconds of encoding on an H100
 UNIQUE = 64  # photographs; the others are links to them, since decoding costs the same
-BATCHES = (8, 32, 128)  # that Hugging Face tries
+BATCHES = (8, 32)  # that Hugging Face tries
+PREFETCHED = 2  # batches that each of a DataLoader's workers makes ahead
 CHECKED = 8  # images whose vectors are compared with fp32
 PROCESSOR = {  # Qwen3-VL's published one, but for the least size, which would enlarge 224²
     "image_processor_type": "Qwen2VLImageProcessorFast", "patch_size": 16, "temporal_patch_size": 2, "merge_size": 2,
@@ -114,25 +125,104 @@ def own_processor(folder: Path) -> Any:
 # --- ours ---
 
 
-def ours(folder: Path, checkpoint: Path, output: Path, options: Sequence[object]) -> dict[str, Any]:
-    """One run of the command line: images/s from the first prepared image to the last shard; seconds with the start."""
-    shutil.rmtree(output, ignore_errors=True)
-    arguments = ("--checkpoint", checkpoint, "-o", output, "--format", "safetensors", *options)
-    command = [sys.executable, "-m", "fused_vit.cli", "embed", str(folder), *map(str, arguments)]
-    root = Path(__file__).parent.parent
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    start = time.perf_counter()
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
-    total = time.perf_counter() - start
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
-    reports = [json.loads(path.read_text()) for path in sorted(output.glob("_report-*.json"))]
-    images, seconds = sum(report["done"] for report in reports), max(report["seconds"] for report in reports)
+@dataclass(frozen=True, slots=True)
+class Done:
+    """One share of an archive, and when it began and ended by the clock that all processes see."""
+
+    state: State
+    began: float
+    ended: float
+
+
+def serve(device: str, checkpoint: str, jobs: Any, answers: Any) -> None:
+    """A process for one GPU: seconds until its graphs are there, then a Done for every job, or a sentence."""
+    try:
+        start = time.time()
+        vit = load(checkpoint, device=device)
+        bytes_as = Preparer(vit.spec, processor(vit.spec, checkpoint)).normalisation
+        (vit.for_bytes(*bytes_as) if bytes_as else vit).warmup()
+        answers.put(time.time() - start)
+        while (job := jobs.get()) is not None:
+            state = archive.run(job, lambda state: None, vit)
+            answers.put(Done(state, time.time() - state.seconds, time.time()))
+    except (FusedVitError, OSError, ImportError, torch.OutOfMemoryError) as error:
+        answers.put(f"{device}: {type(error).__name__}: {error}")
+
+
+class Engines:
+    """A process for each device, ready for archives; leave the `with` block and they end."""
+
+    def __init__(self, devices: Sequence[str], checkpoint: Path) -> None:
+        context, self.checkpoint = multiprocessing.get_context("spawn"), str(checkpoint)
+        self.pipes = [(context.Queue(), context.Queue()) for _ in devices]
+        self.processes = [
+            context.Process(target=serve, args=(device, self.checkpoint, *pipes))
+            for device, pipes in zip(devices, self.pipes, strict=True)
+        ]
+        start = time.time()
+        for process in self.processes:
+            process.start()
+        self.warm_seconds = max(self.answer(i) for i in range(len(devices)))  # weights, kernels and graphs
+        self.start_seconds = time.time() - start  # and all that a process imports
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process, (jobs, _) in zip(self.processes, self.pipes, strict=True):
+            jobs.put(None)
+            process.join(60)
+            process.terminate()
+
+    def answer(self, i: int) -> Any:
+        """The next of process i. Raises BenchError where it fails or dies."""
+        while True:
+            try:
+                found = self.pipes[i][1].get(timeout=1)
+                break
+            except queue.Empty:
+                if not self.processes[i].is_alive():
+                    raise BenchError(f"the process for device {i} died ({self.processes[i].exitcode})") from None
+        if isinstance(found, str):
+            raise BenchError(found)
+        return found
+
+    def embed(self, paths: Sequence[Path], output: Path, count: int, workers: int | None, **options: Any) -> list[Done]:
+        """The images of `paths` in equal shares on the first `count` devices, at once."""
+        shutil.rmtree(output, ignore_errors=True)
+        listing = output.with_suffix(".txt")
+        listing.write_text("\n".join(map(str, paths)) + "\n")
+        job = Job(
+            (str(listing),), self.checkpoint, output, kind="safetensors", workers=workers, parts=count,
+            processes=count, **options,
+        )  # fmt: skip
+        for i in range(count):
+            self.pipes[i][0].put(replace(job, part=i))
+        return [self.answer(i) for i in range(count)]
+
+
+STAGES = {"decode": "decode", "preprocess": "prepare", "copy": "copy", "encode": "encode", "write": "write"}
+
+
+def summary(found: Sequence[Done]) -> dict[str, Any]:
+    """images/s over all processes, from the first image that any of them prepared to the last one's last shard."""
+    states = [done.state for done in found]
+    times = [state.times for state in states if state.times is not None]
+    failed = sum(state.failures for state in states)
+    if failed or len(times) < len(states):
+        raise BenchError(
+            f"{failed} images failed: {[unread.reason for state in states for unread in state.failed][:3]}"
+        )
+    images, seconds = sum(state.done for state in states), max(d.ended for d in found) - min(d.began for d in found)
+    sums = Counter[str]()
+    for one in times:
+        sums.update({name: seconds for name, seconds in asdict(one).items() if name in STAGES.values()})
     return {
-        "images": images, "images_s": images / seconds, "seconds": seconds, "total_seconds": total,
-        "bound": [report["bound"] for report in reports], "shares": [report["shares"] for report in reports],
-        "workers": [report["times"]["workers"] for report in reports],
-        "patches": sum(report["times"]["patches"] for report in reports),
+        "images": images, "seconds": seconds, "images_s": images / seconds,
+        "patches_s": sum(one.patches for one in times) / seconds,
+        "waited_for_workers": max(one.start for one in times), "workers": [one.workers for one in times],
+        "bound": [one.bound() for one in times], "shares": [one.shares() for one in times],
+        "ms_an_image": {name: 1e3 * sums[part] / images for name, part in STAGES.items()},
     }  # fmt: skip
 
 
@@ -173,9 +263,13 @@ def packed(items: Sequence[Any]) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.cat([p for p, _ in items]), "image_grid_thw": torch.cat([g for _, g in items])}
 
 
-def timed(batches: Iterator[int], seconds: float) -> dict[str, Any]:
-    """images/s of an iterator that says how many it has done; the first batch warms up, and time ends it."""
-    next(batches)
+def timed(batches: Iterator[int], seconds: float, ahead: int = 1) -> dict[str, Any]:
+    """images/s of an iterator that says how many it has done; time ends it.
+
+    ahead: batches that warm up, or that may have been prepared before the clock starts.
+    """
+    for _ in range(ahead):
+        next(batches, None)
     images, start = 0, time.perf_counter()
     for done in batches:
         images += done
@@ -192,8 +286,10 @@ def in_batches(peer: Peer, paths: Sequence[Path], size: int) -> Iterator[int]:
 
 
 def with_workers(peer: Peer, paths: Sequence[Path], folder: Path, size: int, workers: int) -> Iterator[int]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.embed", type(peer.processor).__module__])  # once, not in each worker
     loader = torch.utils.data.DataLoader(
-        Files(paths, folder), size, num_workers=workers, collate_fn=packed, multiprocessing_context="spawn",
+        Files(paths, folder), size, num_workers=workers, collate_fn=packed, multiprocessing_context=context,
         pin_memory=peer.device.type == "cuda", in_order=False,
     )  # fmt: skip
     for batch in loader:
@@ -213,46 +309,57 @@ def theirs(peer: Peer, paths: Sequence[Path], folder: Path, workers: int, second
     best = max(tried, key=lambda size: tried[size]["images_s"] or 0, default=None)
     if best is not None:
         found["batch"] = tried[best] | {"size": best}
-        found["workers"] = timed(with_workers(peer, paths, folder, min(best, 32), workers), seconds)
-        found["workers"] |= {"size": min(best, 32), "workers": workers}
+        ahead = min(PREFETCHED * workers, len(paths) // best // 2)
+        found["workers"] = timed(with_workers(peer, paths, folder, best, workers), seconds, ahead)
+        found["workers"] |= {"size": best, "workers": workers}
     return found | {"processor": type(peer.processor).__name__}
 
 
 # --- all of it ---
 
 
-def measure(
-    name: str, place: Path, tower: nn.Module, peer: Peer, arguments: argparse.Namespace, device: str
-) -> dict[str, Any]:
-    paths = photographs(place / name, SIZES[name], arguments.images)
-    folder, row = place / "checkpoint", {"images": len(paths), "ours": {}}
-    each = os.path.getsize(paths[0])
+def beside_fp32(output: Path, paths: Sequence[Path], tower: nn.Module, peer: Peer) -> dict[str, float]:
+    """Errors of our vectors in `output`, and of the peer's, to those of the tower in fp32."""
+    found, exact = vectors(output), replace(peer, tower=tower)
+    pictures = [read(path) for path in paths[:CHECKED]]
+    with exact_fp32():
+        truth = torch.cat([exact.vectors([picture]) for picture in pictures])
+    return {
+        "error": relative(torch.stack([found[str(path)] for path in paths[:CHECKED]]), truth),
+        "their_error": relative(torch.cat([peer.vectors([picture]) for picture in pictures]), truth),
+    }
+
+
+def ours(
+    engines: Engines, name: str, place: Path, paths: Sequence[Path], tower: nn.Module, peer: Peer,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
+    """One case on every number of devices, and for 448² once with all rows kept."""
+    output, each = place / "out", len(paths) // max(arguments.devices)
+    row: dict[str, Any] = {"jpeg_bytes": os.path.getsize(paths[0]), "ours": {}}
     for count in arguments.devices:
-        where = ["--device", device] if count == 1 else ["--devices", ",".join([str(i) for i in range(count)])]
-        workers = ["--workers", arguments.workers] if arguments.workers is not None else []
-        row["ours"][str(count)] = ours(place / name, folder, place / "out", [*where, *workers, "--pool", "mean"])
-        if count == 1:
-            found = vectors(place / "out")
-            exact = Peer(tower, peer.processor, peer.device)
-            pictures = [read(path) for path in paths[:CHECKED]]
-            with exact_fp32():
-                truth = torch.cat([exact.vectors([picture]) for picture in pictures])
-            row["error"] = relative(torch.stack([found[str(path)] for path in paths[:CHECKED]]), truth)
-            row["their_error"] = relative(torch.cat([peer.vectors([picture]) for picture in pictures]), truth)
+        workers = arguments.workers or default_workers(count)
+        found = summary(engines.embed(paths[: count * each], output, count, workers, pool="mean"))
+        row["ours"][str(count)] = found | {
+            "whole_images_s": found["images"] / (engines.start_seconds + found["seconds"])
+        }
+        if count == arguments.devices[0]:
+            row |= beside_fp32(output, paths, tower, peer)
     if name == "448²":
-        row["rows, not pooled"] = ours(place / name, folder, place / "out", ["--device", device])
-    workers = arguments.workers or default_workers()
-    row["theirs"] = theirs(peer, paths, folder, workers, arguments.seconds)
-    return row | {"jpeg_bytes": each}
+        count, workers = arguments.devices[0], arguments.workers or default_workers(arguments.devices[0])
+        row["rows, not pooled"] = summary(engines.embed(paths[: count * each // 2], output, count, workers))
+    return row
 
 
 def table(cases: dict[str, Any]) -> Table:
     found = Table("images", "engine", "images/s", "error", "what bounded it", title="JPEG files to pooled vectors")
     for name, row in cases.items():
+        first = next(iter(row["ours"].values()))
         for count, one in row["ours"].items():
-            found.add_row(name, f"fused-vit embed, {count} GPU", f"{one['images_s']:.0f}", f"{row['error']:.1e}",
+            times = f" ({one['images_s'] / first['images_s']:.2f}x)" if one is not first else ""
+            found.add_row(name, f"fused-vit embed, {count} GPU", f"{one['images_s']:.0f}{times}", f"{row['error']:.1e}",
                           one["bound"][0])  # fmt: skip
-        for kind, one in row["theirs"].items():
+        for kind, one in row.get("theirs", {}).items():
             if isinstance(one, dict) and one["images_s"]:
                 said = f"Hugging Face, {kind}" + (f" of {one['size']}" if kind == "batch" else "")
                 found.add_row(name, said, f"{one['images_s']:.0f}", f"{row['their_error']:.1e}", "")
@@ -260,14 +367,22 @@ def table(cases: dict[str, Any]) -> Table:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.embed", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("bench/results/embed.json"))
     parser.add_argument("--cases", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--images", type=int, default=4000, help="of a case")
+    parser.add_argument("--images", type=int, help=f"of a case, for each GPU; default {IMAGES}")
     parser.add_argument("--devices", nargs="+", type=int, default=[1], help="numbers of GPUs to measure, such as 1 2")
-    parser.add_argument("--workers", type=int, help="of one process; default its share of the cores")
-    parser.add_argument("--seconds", type=float, default=15, help="at most for each way that Hugging Face runs")
+    parser.add_argument("--workers", type=int, help="of each GPU's process; default its share of the cores")
+    parser.add_argument("--seconds", type=float, default=3, help="for each way that Hugging Face runs; 0 leaves it out")
+    parser.add_argument("--place", type=Path, help="folder for the files; default a temporary one")
     return parser.parse_args(argv)
+
+
+def devices_of(count: int) -> list[str]:
+    """Raises BenchError where there are fewer."""
+    if count > torch.cuda.device_count():
+        raise BenchError(f"--devices asks for {count} GPUs; torch sees {torch.cuda.device_count()} here")
+    return [f"cuda:{i}" for i in range(count)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -275,19 +390,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     arguments = parse(argv)
     device, console = require_gpu(), Console()
+    devices = devices_of(max(arguments.devices))
     report: dict[str, Any] = {
         "what": "JPEG files to pooled vectors, Qwen3-VL-8B's tower, random weights, bf16",
         "environment": environment() | {"cores": len(os.sched_getaffinity(0)), "gpus": torch.cuda.device_count()},
         "processor": PROCESSOR, "cases": {},
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(dir=arguments.place) as temporary:
         place, tower = Path(temporary), tower_8b()
         checkpoint(place / "checkpoint", tower)
         for parameter in tower.parameters():
             parameter.data = parameter.data.bfloat16().float()  # as the checkpoint has them
         peer = Peer(rounded(tower), own_processor(place / "checkpoint"), device)
-        for name in arguments.cases:
-            report["cases"][name] = measure(name, place, tower, peer, arguments, str(device))
+        files = {
+            name: photographs(place / name, SIZES[name], max(arguments.devices) * (arguments.images or IMAGES[name]))
+            for name in arguments.cases
+        }
+        with Engines(devices, place / "checkpoint") as engines:
+            report |= {"start_seconds": engines.start_seconds, "warm_seconds": engines.warm_seconds}
+            for name, paths in files.items():
+                report["cases"][name] = ours(engines, name, place, paths, tower, peer, arguments)
+                save(report, arguments.out)
+        for name, paths in files.items() if arguments.seconds else ():
+            workers = arguments.workers or default_workers()
+            report["cases"][name]["theirs"] = theirs(peer, paths, place / "checkpoint", workers, arguments.seconds)
             save(report, arguments.out)
     console.print(table(report["cases"]))
 

@@ -73,9 +73,10 @@ class State:
     times: Times | None = None
 
 
-def run(job: Job, tell: Tell) -> State:
+def run(job: Job, tell: Tell, vit: FusedViT | None = None) -> State:
     """Embed this job's share: what no shard in its folder holds. Results that were done are kept whatever happens.
 
+    vit: the job's checkpoint on its device, where that is loaded already; it stays open.
     Raises FusedVitError: nothing there to embed, a folder of other results, a worker that died. A bad image is a row of
     `failed` and of the report.
     """
@@ -86,7 +87,8 @@ def run(job: Job, tell: Tell) -> State:
     listing = find(job.sources, job.column, without=job.output)
     if not listing.records and not listing.unread:
         raise InputError(f"{', '.join(job.sources)}: no images in there; expected photographs, videos, tars or Parquet")
-    vit = load(
+    loaded = vit is not None
+    vit = vit or load(
         job.checkpoint, device=job.device, dtype=job.dtype, max_tokens=job.max_tokens, revision=job.revision
     )  # fmt: skip
     listing, prepare = _prepared(job, vit, listing)
@@ -102,7 +104,8 @@ def run(job: Job, tell: Tell) -> State:
             folder.report(_report(job, state))
         if job.part == 0:
             folder.forget(job.parts)
-    vit.close()
+    if not loaded:
+        vit.close()
     return state
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from .embedding import Embedder, Failed
 from .encoder import load
@@ -27,14 +28,18 @@ class Encoder:
         column: str = "bytes",
         pool: Literal["mean"] | None = "mean",
         device: str | None = None,
+        dtype: torch.dtype | None = None,
         max_tokens: int = 16384,
         batch_tokens: int | None = None,
         workers: int | None = None,
         revision: str | None = None,
     ) -> None:
-        """column: of the images; it is left out of the result. workers: threads that prepare, as many as num_cpus."""
+        """column: of the images; it is left out of the result. workers: threads that prepare, as many as num_cpus.
+
+        device, dtype, max_tokens, revision: as for fused_vit.load. Ray shows an actor the GPUs that are its own only.
+        """
         self.column, self.pool = column, pool
-        self.vit = load(checkpoint, device=device, max_tokens=max_tokens, revision=revision)
+        self.vit = load(checkpoint, device=device, dtype=dtype, max_tokens=max_tokens, revision=revision)
         found = processor(self.vit.spec, checkpoint, revision=revision)
         prepare = Preparer(self.vit.spec, found, dtype=self.vit.dtype)
         self.embedder = Embedder(self.vit, prepare.normalisation, pool=pool, batch_tokens=batch_tokens)

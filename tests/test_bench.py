@@ -15,7 +15,9 @@ import torch
 from typer.testing import CliRunner
 
 import fused_vit
+from fused_vit.archive import State
 from fused_vit.buckets import Bucket
+from fused_vit.embedding import Times
 from fused_vit.errors import InputError
 from fused_vit.kernels import config, linear, qkv, residual
 from fused_vit.packing import items
@@ -28,6 +30,7 @@ from bench import blocks, encoder, kernels, peers, report, steps, suite, timelin
 from bench import vllm as bench_vllm
 from bench.assembly import Assembly
 from bench.cases import CASES, FILL, PEERS, partly, rectangle
+from bench.timing import BenchError
 from tests.families import FAMILIES, build
 from tests.towers_hf import tiny_tower
 
@@ -528,19 +531,74 @@ def test_files_to_vectors_have_their_error_beside_every_speed(tmp_path: Path) ->
         parameter.data = (torch.randn_like(parameter) * 0.1).bfloat16().float()
     embed.checkpoint(tmp_path / "checkpoint", tower)
     peer = embed.Peer(tower, embed.own_processor(tmp_path / "checkpoint"), torch.device("cpu"))
-    arguments = SimpleNamespace(images=9, devices=[1], workers=0, seconds=5)
-    row = embed.measure("224²", tmp_path, tower, peer, arguments, "cpu")  # type: ignore[arg-type]
-    assert row["ours"]["1"]["images"] == 9 and row["ours"]["1"]["images_s"] > 0
+    paths = embed.photographs(tmp_path / "224²", embed.SIZES["224²"], 18)
+    arguments = embed.parse(["--devices", "1", "2", "--workers", "1"])
+    with embed.Engines(["cpu", "cpu"], tmp_path / "checkpoint") as engines:
+        row = embed.ours(engines, "224²", tmp_path, paths, tower, peer, arguments)
+    assert [one["images"] for one in row["ours"].values()] == [9, 18], "each device has as many to do"
+    one = row["ours"]["1"]
+    assert one["images_s"] == pytest.approx(9 / one["seconds"]) and one["images_s"] > one["whole_images_s"] > 0
+    assert one["ms_an_image"]["decode"] > 0 and len(row["ours"]["2"]["bound"]) == 2
     assert row["error"] < 1e-5 and row["their_error"] == 0.0  # on a CPU both are in fp32
-    assert row["theirs"]["loop"]["images"] == 8 and "batch" not in row["theirs"]  # too few for any
-    assert embed.table({"224²": row}).row_count == 2
-    paths = sorted((tmp_path / "224²").iterdir())
-    assert list(embed.in_batches(peer, paths, 4)) == [4, 4, 1]
+    row["theirs"] = embed.theirs(peer, paths, tmp_path / "checkpoint", 1, seconds=5)
+    assert row["theirs"]["loop"]["images"] == 17 and row["theirs"]["batch"]["size"] == 8
+    assert embed.table({"224²": row}).row_count == 5
+    assert list(embed.in_batches(peer, paths[:9], 4)) == [4, 4, 1]
     files = embed.Files(paths, tmp_path / "checkpoint")
     batch = embed.packed([files[0], files[1]])
     batch["pixel_values"] = batch["pixel_values"].float()
     want = peer.vectors([embed.read(path) for path in paths[:2]])
     assert torch.allclose(peer.means(batch), want, rtol=0.05, atol=0.05)  # pixels went through bfloat16
+
+
+def test_a_rate_is_over_the_time_of_all_processes_and_no_failure_has_one() -> None:
+    from bench import embed
+
+    def done(began: float, ended: float, failures: int = 0) -> embed.Done:
+        times = Times(wall=ended - began, workers=4, decode=8, prepare=12, encode=3, copy=1, start=2, patches=700)
+        return embed.Done(State(0, done=100, failures=failures, times=times), began, ended)
+
+    found = embed.summary([done(10, 20), done(12, 25)])
+    assert (found["images"], found["seconds"]) == (200, 15) and found["images_s"] == pytest.approx(200 / 15)
+    assert found["ms_an_image"] == {"decode": 80, "preprocess": 120, "copy": 10, "encode": 30, "write": 0}
+    assert found["bound"][0].startswith("bounded by preprocess") and found["waited_for_workers"] == 2
+    with pytest.raises(BenchError, match="1 images failed"):
+        embed.summary([done(0, 1, failures=1)])
+
+
+def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
+    from bench import embed
+
+    with pytest.raises(BenchError, match=r"cpu: CheckpointError: .*config\.json"):
+        embed.Engines(["cpu"], tmp_path)
+
+
+def test_the_table_of_archives_has_rates_and_what_an_image_costs() -> None:
+    def one(rate: float) -> dict[str, Any]:
+        return {"images_s": rate, "ms_an_image": {"decode": 1.5, "encode": 0.4}, "bound": ["bounded by encode; busy"]}
+
+    theirs = {"loop": {"images_s": 20.0}, "workers": {"images_s": None}, "processor": "Fast"}
+    row = {"ours": {"1": one(1000), "2": one(1950)}, "error": 0.01, "theirs": theirs}
+    found = {"what": "JPEG files", "environment": {"device": "a GPU", "cores": 32, "torch": "2.11"},
+             "start_seconds": 30.2, "warm_seconds": 20.0,
+             "cases": {"224²": row, "448²": row | {"theirs": {}}}}  # fmt: skip
+    text = report.archives(found)
+    assert (
+        "| 224² | 1000 (1.0e-02) | 1950 (1.95x) | 20 |" in text
+        and "| 448² | 1000 (1.0e-02) | 1950 (1.95x) |  |" in text
+    )
+    assert "| 224², 2 GPUs | 1.50 | 0.40 | bounded by encode; busy |" in text and "takes 30 s before that" in text
+    assert "workers |" not in text, "what has no rate has no column"
+
+
+def test_the_page_of_archives_is_not_stale() -> None:
+    page = (ROOT / report.ARCHIVES_PAGE).read_text()
+    assert page.count(report.ARCHIVES_START) == page.count(report.ARCHIVES_END) == 1
+    if (ROOT / report.ARCHIVES).exists():
+        text = report.archives(json.loads((ROOT / report.ARCHIVES).read_text()))
+        assert report.between(page, report.ARCHIVES_START, report.ARCHIVES_END, text) == page, (
+            "run python -m bench.report"
+        )
 
 
 # --- the picture of a block ---

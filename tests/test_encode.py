@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import json
 import pickle
 import threading
 import time
@@ -348,27 +346,3 @@ def test_rays_class_keeps_other_columns_and_names_errors(
     assert pooled["error"][:3].tolist() == [""] * 3 and "not an image" in pooled["error"][3]
     rows = Encoder(str(checkpoint), device="cpu", pool=None)(batch)
     assert same(list(rows["embedding"][:3]), wanted[:3]) and rows["embedding"][3].shape == (0, 32)
-
-
-def test_a_folder_through_ray_data(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:
-    ray = pytest.importorskip("ray", reason="ray is not installed: its wheels are 100 MB and CI leaves them out")
-    pytest.importorskip("ray.data")
-    from fused_vit.ray import Encoder
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        dataset = ray.data.read_binary_files(str(photos[0].parent), include_paths=True)
-        arguments = {"checkpoint": str(checkpoint), "device": "cpu", "workers": 1}
-        dataset = dataset.map_batches(
-            Encoder, fn_constructor_kwargs=arguments, batch_size=4, compute=ray.data.ActorPoolStrategy(size=2)
-        )
-        dataset.write_parquet(str(tmp_path / "out"))
-    finally:
-        ray.shutdown()
-        gc.collect()
-    import pyarrow.parquet as pq
-
-    found = {row["path"].rpartition("/")[2]: row for row in pq.read_table(tmp_path / "out").to_pylist()}
-    vit = fused_vit.load(checkpoint, device="cpu")
-    want = vit.encode(photos, processor=checkpoint, pool="mean")
-    assert same([found[path.name]["embedding"] for path in photos], list(want)), json.dumps(sorted(found))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 pytest.importorskip("transformers")
 import fused_vit.vllm as plugin
 from bench.peers import vllm_engine
-from fused_vit.adapters.vllm import FusedTower
+from fused_vit.adapters.vllm import MAX_TOKENS, FusedTower
 from tests import families
 from tests.adapters.vllm_towers import SERVED, construct, expected, tower_class, weights_of
 from tests.families import Family
@@ -49,17 +51,32 @@ WIDE = {"Qwen2-VL": {"embed_dim": 128}}  # heads of 64, for vLLM's attention
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[None]:
-    """vLLM's globals as they are while it builds a model, of one rank."""
+    """vLLM's globals as they are while it builds a model, of one rank.
+
+    Torch compiles nothing: vLLM's towers ask it to (Qwen2.5-VL and GLM-4V for SiLU times its gate, Kimi-K2.5 for its
+    positions), which takes far longer than the rest of a test and changes nothing that is compared here.
+    """
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    torch.compiler.set_stance("force_eager")
     with vllm_engine():
         yield
         cleanup_dist_env_and_memory()
+    torch.compiler.set_stance("default")
 
 
 @pytest.fixture(autouse=True)
 def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(plugin.SWITCH, "1")
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Says what begins and how long it took: with pytest -s the last line names what a test is stuck in."""
+    print(f"{what} ...", flush=True)
+    start = time.perf_counter()
+    yield
+    print(f"{what}: {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def vllm_config(family: Family, config: Any, hub: dict[str, Any]) -> Any:
@@ -145,15 +162,20 @@ def ask(family: Family, tower: Any, pixels: torch.Tensor, grid: list[list[int]],
 
 
 @pytest.mark.parametrize("family", SERVED, ids=lambda family: family.name)
-def test_beside_vllms_own_tower(family: Family, engine: None) -> None:
-    family, reference, own, fused = both(family)
+def test_beside_vllms_own_tower(family: Family, engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MAX_TOKENS, "1024")  # what these grids fill: a larger graph is more to compile
+    with timed(f"{family.name}, building"):
+        family, reference, own, fused = both(family)
     for name, grid in family.grids.items():
         pixels = families.pixels(family, reference, grid).bfloat16()
         wanted = expected(family, reference, pixels.float(), grid).flatten()
         for parallel in (False, True):
             if family.name == "Kimi-K2.5" and name == "video" and parallel:
                 continue  # vLLM's helper expects as many rows as patches: frames that were pooled are missing
-            theirs, ours = (ask(family, tower, pixels.cuda(), grid, parallel) for tower in (own, fused))
+            with timed(f"{family.name}, {name}, data parallel {parallel}, vLLM's"):
+                theirs = ask(family, own, pixels.cuda(), grid, parallel)
+            with timed(f"{family.name}, {name}, data parallel {parallel}, fused"):
+                ours = ask(family, fused, pixels.cuda(), grid, parallel)
             assert [t.shape for t in ours] == [t.shape for t in theirs]
             assert all(t.dtype == torch.bfloat16 and t.is_cuda for t in ours)
             errors = [relative(torch.cat(out).float().cpu().flatten(), wanted) for out in (ours, theirs)]
