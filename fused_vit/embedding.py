@@ -125,7 +125,7 @@ class _Ready:
     segments: int
 
     def alone(self) -> _Ready:
-        """With pixels of its own, no view of all that was prepared with it, which is in shared memory."""
+        """With pixels of its own, no view of all that was prepared with it, which keeps a slot from workers."""
         if self.pixels.untyped_storage().nbytes() <= self.pixels.nbytes:
             return self
         return replace(self, pixels=self.pixels.clone())

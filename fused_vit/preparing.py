@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -24,17 +24,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.multiprocessing  # lets tensors travel between processes through shared memory
 
 from .calls import call_of, flatten_call
 from .errors import FusedVitError, InputError
 from .images import convert_image, decode_image, read_image
+from .slots import Slots
 from .sources import Record, read
 from .spec import TowerSpec
 from .stills import byte_patches, proven_normalisation
 from .videos import prepare_video, read_video
 
 TASK_BYTES, TASK_IMAGES = 1 << 24, 32  # that a worker hands over at once: handing over costs about a millisecond
+HELD = 16  # tasks whose pixels the encoder's batches may wait for
 DEATHS = 3  # of processes, one after the other, that end a run
 Grid = list[list[int]]
 Task = list[tuple[int, Any]]  # images and their numbers
@@ -158,11 +159,12 @@ def default_workers(processes: int = 1) -> int:
 
 
 _prepare: Preparer  # of a worker process
+_slots: Slots | None
 
 
-def _begin(prepare: Preparer) -> None:
-    global _prepare
-    _prepare = prepare
+def _begin(prepare: Preparer, slots: Slots | None) -> None:
+    global _prepare, _slots
+    _prepare, _slots = prepare, slots
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -176,26 +178,22 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(numbered: Sequence[tuple[int, Any]]) -> Prepared:
-    return _prepare(numbered)
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What a worker process prepared, on its way: pixels in the slot that it was given, or beside it in the pipe."""
+
+    prepared: Prepared
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    beside: Any  # uint8 [bytes], or None
 
 
-Sent = tuple[Prepared, Any, torch.dtype]
-
-
-def _work_by_value(numbered: Sequence[tuple[int, Any]]) -> Sent:
-    """Pixels through the pipe: twice the copies, for machines without shared memory to speak of."""
+def _work(numbered: Sequence[tuple[int, Any]], slot: int | None) -> Sent:
     prepared = _prepare(numbered)
     pixels = prepared.pixels
-    return replace(prepared, pixels=torch.empty(0)), pixels.view(torch.uint8).numpy(), pixels.dtype
-
-
-def received(result: Prepared | Sent) -> Prepared:
-    if isinstance(result, Prepared):
-        return result
-    prepared, array, dtype = result
-    flat = torch.from_numpy(array.ravel()).view(dtype)  # an empty array's strides are no tensor's
-    return replace(prepared, pixels=flat.view(len(array), array.shape[1] // dtype.itemsize))
+    placed = slot is not None and _slots is not None and _slots.write(slot, pixels)
+    beside = None if placed else pixels.reshape(-1).view(torch.uint8).numpy()
+    return Sent(replace(prepared, pixels=torch.empty(0)), (len(pixels), pixels.shape[1]), pixels.dtype, beside)
 
 
 def _context(prepare: Preparer) -> BaseContext:
@@ -210,15 +208,6 @@ def _context(prepare: Preparer) -> BaseContext:
     return context
 
 
-def _shared_room() -> int:
-    """Bytes of shared memory that are free; a container often has 64 MiB in all."""
-    try:
-        found = os.statvfs("/dev/shm")
-    except OSError:
-        return 0
-    return found.f_bavail * found.f_frsize
-
-
 class Workers:
     """Processes or threads that prepare; leave the `with` block and they are gone.
 
@@ -229,22 +218,20 @@ class Workers:
         if count < 1:
             raise InputError(f"workers is {count}; expected at least 1")
         self.prepare, self.count, self.ahead = prepare, count, count + count // 2 + 1
-        self.pool: Executor
-        self.call: Callable[[Sequence[tuple[int, Any]]], Prepared | Sent]
-        if threads:
-            self.pool, self.call = ThreadPoolExecutor(count, "fused-vit-prepare"), prepare
-        else:
-            self.call = _work if _shared_room() > 2 * self.ahead * TASK_BYTES else _work_by_value
-            self.pool = self._processes(count)
+        self.threads = threads
+        self.slots: Slots | None = None
+        self.taken: dict[Future[Prepared | Sent], int] = {}  # slots of tasks that are not done
+        self.pool: Executor = ThreadPoolExecutor(count, "fused-vit-prepare") if threads else self._processes(count)
 
     def _processes(self, count: int) -> ProcessPoolExecutor:
-        """All of them started, while the encoder is being made ready."""
-        pool = ProcessPoolExecutor(count, _context(self.prepare), _begin, (self.prepare,))
+        """All of them started, while the encoder is being made ready; with slots that no process before them has."""
+        self.slots, self.taken = Slots.make(self.ahead + HELD, TASK_BYTES), {}
+        pool = ProcessPoolExecutor(count, _context(self.prepare), _begin, (self.prepare, self.slots))
         before = os.environ.get("PYTHONSAFEPATH")
         os.environ["PYTHONSAFEPATH"] = "1"  # or the process that forks them looks for modules where one happens to be
         try:
             for _ in range(count):
-                pool.submit(_work, ())
+                pool.submit(_work, (), None)
         finally:
             if before is None:
                 del os.environ["PYTHONSAFEPATH"]
@@ -259,7 +246,27 @@ class Workers:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, numbered: Sequence[tuple[int, Any]]) -> Future[Prepared | Sent]:
-        return self.pool.submit(self.call, numbered)
+        if self.threads:
+            return self.pool.submit(self.prepare, numbered)
+        slot = self.slots.take() if self.slots else None
+        future: Future[Prepared | Sent] = self.pool.submit(_work, numbered, slot)
+        if slot is not None:
+            self.taken[future] = slot
+        return future
+
+    def received(self, future: Future[Prepared | Sent]) -> Prepared:
+        """What a task prepared. Raises what it raised."""
+        result = future.result()
+        if isinstance(result, Prepared):
+            return result
+        slot = self.taken.pop(future, None)
+        if result.beside is None:
+            assert self.slots is not None and slot is not None, "pixels are in the slot that the task was given"
+            return replace(result.prepared, pixels=self.slots.read(slot, result.shape, result.dtype))
+        if self.slots is not None and slot is not None:
+            self.slots.give(slot)
+        pixels = torch.from_numpy(result.beside).view(result.dtype).view(result.shape)
+        return replace(result.prepared, pixels=pixels)
 
     def run(self, sources: Iterable[Any]) -> Iterator[Prepared]:
         """Everything in `sources`, in the order in which it is done; at most half as many tasks wait as work.
@@ -283,7 +290,7 @@ class Workers:
                 for future in done:
                     task = pending.pop(future)
                     try:
-                        prepared = received(future.result())
+                        prepared = self.received(future)
                     except BrokenProcessPool:
                         lost += task
                     else:
@@ -304,15 +311,15 @@ class Workers:
         self.pool = self._processes(1)
         for number, source in lost:
             try:
-                prepared = received(self.submit([(number, source)]).result())
+                prepared = self.received(self.submit([(number, source)]))
                 deaths = 0
             except BrokenProcessPool as error:
                 deaths += 1
                 if deaths == DEATHS:
                     raise FusedVitError(
-                        f"{deaths} worker processes died one after the other, as when memory or /dev/shm runs out, or "
-                        "where a script starts them that has no `if __name__ == '__main__':`: take fewer workers, in a "
-                        "container more shared memory (docker: --ipc=host); the same command does the rest"
+                        f"{deaths} worker processes died one after the other, as when memory runs out, or where a "
+                        "script starts them that has no `if __name__ == '__main__':`: take fewer workers; the same "
+                        "command does the rest"
                     ) from error
                 reason = "the process that prepared it died of it"
                 prepared = Prepared([Part(source, number, reason=reason)], torch.empty(0), 0.0, 0.0)

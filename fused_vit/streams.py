@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from .embedding import Embedded, Embedder, Failed, Pool, Tower
 from .errors import InputError
 from .images import processor
-from .preparing import Prepared, Preparer, Sent, Workers, default_workers, received
+from .preparing import Prepared, Preparer, Sent, Workers, default_workers
 
 
 def _preparer(vit: Tower, source: Any) -> Preparer:
@@ -117,7 +117,7 @@ async def stream(
 
     def prepared(future: Future[Prepared | Sent]) -> None:
         if not future.cancelled():
-            ready.put(future.exception() or received(future.result()))
+            ready.put(future.exception() or pool_of_workers.received(future))
 
     async def feed(pool_of_workers: Workers) -> None:
         waiting: list[asyncio.Future[Prepared | Sent]] = []

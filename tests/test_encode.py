@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -286,18 +285,33 @@ def test_images_beside_a_video_are_numbers(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pixels_go_through_the_pipe_where_shared_memory_is_small(
-    dtype: torch.dtype, vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("slots", [None, 0, 1 << 10, 1 << 24], ids=["none", "all in use", "too small", "roomy"])
+def test_pixels_come_through_slots_or_beside_them(
+    slots: int | None, dtype: torch.dtype, vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """From worker processes: several tasks, one of which holds no image at all."""
     prepare = Preparer(vit.spec, processor(vit.spec, checkpoint), dtype=dtype)
-    for normalisation in (prepare.normalisation, None):
-        prepare.normalisation = normalisation
-        monkeypatch.setattr(preparing, "_prepare", prepare, raising=False)
-        sent = pickle.loads(pickle.dumps(preparing._work_by_value([(0, photos[0]), (1, b"no"), (2, photos[1])])))
-        want, got = prepare([(0, photos[0]), (2, photos[1])]), preparing.received(sent)
-        assert torch.equal(got.pixels, want.pixels) and got.pixels.dtype == want.pixels.dtype
-        assert [part.number for part in got.parts] == [0, 1, 2]
-    assert preparing.received(preparing._work_by_value([(0, b"no")])).pixels.shape[0] == 0
+    if dtype == torch.float32:
+        prepare.normalisation = None  # numbers travel
+    monkeypatch.setattr(preparing, "TASK_BYTES", slots or 1 << 24)
+    monkeypatch.setattr(preparing, "TASK_IMAGES", 3)
+    with Workers(prepare, 1) as workers:
+        if slots is None:
+            workers.slots = None
+        while slots == 0 and workers.slots and workers.slots.take() is not None:
+            pass
+        sources = [photos[0], b"no", photos[1], photos[2], b"no", *photos]
+        got = {part.number: pixels for found in workers.run(sources) for part, pixels in found.split()}
+        assert sorted(got) == list(range(len(sources)))
+        for number, source in enumerate(sources):
+            want = prepare([(number, source)]).pixels
+            same = torch.equal(got[number], want) and got[number].dtype == want.dtype
+            assert same or len(got[number]) == len(want) == 0
+        if slots == 1 << 24 and workers.slots is not None:
+            assert len(workers.slots._free) < workers.slots.count, "views hold their slots"
+            got.clear()
+            assert len(workers.slots._free) == workers.slots.count
 
 
 def test_workers_prepare_a_bounded_number_ahead(vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path]) -> None:
