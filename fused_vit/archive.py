@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -230,7 +231,7 @@ def _embed(
     embedder = Embedder(vit, prepare.normalisation, pool=job.pool, batch_tokens=job.batch_tokens)
     try:
         if left:
-            with Workers(prepare, max(1, min(count, len(left))), threads=count == 0) as workers:
+            with _one_thread(vit), Workers(prepare, max(1, min(count, len(left))), threads=count == 0) as workers:
                 embedder.for_bytes.warmup()
                 for result in embedder.run(workers.run(left)):
                     _take(result, writer, state)
@@ -244,6 +245,18 @@ def _embed(
         embedder.times.wall += time.perf_counter() - end
         embedder.times.write = writer.seconds
         state.times, state.seconds = embedder.times, embedder.times.wall
+
+
+@contextmanager
+def _one_thread(vit: FusedViT) -> Iterator[None]:
+    """Beside a GPU the cores are the workers': torch's threads would wait for each other on them, busily."""
+    before = torch.get_num_threads()
+    try:
+        if vit.device.type == "cuda":
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _take(result: Embedded | Failed, writer: _Writer, state: State) -> None:

@@ -52,17 +52,31 @@ def predicted(vit: FusedViT, bucket: Bucket) -> int:
 
 @contextmanager
 def no_more_than(spare: int) -> Iterator[None]:
-    """torch may take `spare` bytes of the device beyond what it holds; of an error too, nothing stays behind."""
+    """torch may take `spare` bytes of the device beyond what it holds; of an error too, nothing stays behind.
+
+    What it holds is full: a segment stays whole as long as other tests' tensors lie in a part of it.
+    """
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    total = torch.cuda.mem_get_info()[1]
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + spare) / total)
+    total, held = torch.cuda.mem_get_info()[1], torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction(held / total)
+    filled = list(_whatever_fits(held))
+    torch.cuda.set_per_process_memory_fraction((held + spare) / total)
     try:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+        filled.clear()
         gc.collect()
+
+
+def _whatever_fits(size: int) -> Iterator[torch.Tensor]:
+    while size >= MIB:
+        try:
+            yield torch.empty(size, dtype=torch.uint8, device=DEVICE)
+        except torch.OutOfMemoryError:
+            size //= 2
 
 
 def test_calls_of_any_size_do_not_grow(monkeypatch: pytest.MonkeyPatch, record_property: Any) -> None:
