@@ -25,6 +25,7 @@ from fused_vit import source
 from fused_vit.buckets import Bucket, as_buckets, choose, ladder
 from fused_vit.encoder import GRIDS
 from fused_vit.executor import define
+from fused_vit.turns import Turns
 from tests.towers_hf import random_pixels, tiny_tower
 
 GRID = [[1, 4, 6], [2, 6, 4]]
@@ -210,6 +211,22 @@ def test_too_little_memory_to_load_says_how_much_it_takes(tower, vit, monkeypatc
         fused_vit.FusedViT.from_module(tower, device="cpu")
     said = int(str(caught.value).split("about ")[1].split(" ")[0])
     assert 0.5 * vit.weight_bytes < said < vit.weight_bytes  # tiny: what pads its matrices is as large as they are
+
+
+def test_memory_is_let_go_once_nothing_runs_in_it(tower, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """What is still there at every wait: of a slab that is outgrown, then of an encoder that nobody holds."""
+    vit = fused_vit.FusedViT.from_module(tower, device="cpu")
+    waits: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(Turns, "wait", lambda _: waits.append((slab() is not None, weight() is not None)))
+    vit._grown(Bucket(64, 4))
+    assert vit._oversize is not None
+    slab, weight = weakref.ref(vit._oversize.slab), weakref.ref(vit.weights["patch_embed.weight"])
+    vit._grown(Bucket(64, 2))
+    assert slab() is not None and not waits, "it is large enough"
+    vit._grown(Bucket(4096, 64))
+    assert slab() is None and waits == [(True, True)]
+    del vit
+    assert weight() is None and waits == [(True, True), (False, True)]
 
 
 def test_an_encoder_that_nobody_holds_is_freed_at_once(tower, pixels) -> None:  # type: ignore[no-untyped-def]

@@ -105,8 +105,8 @@ def both(family: Family) -> tuple[Family, Any, Any, Any]:
             fused = construct(family, config)
             plugin.disable()
             own = construct(family, config)
-        if family.name == "Kimi-K2.5":  # its model does: vLLM's table of frames is fp32 whatever the default
-            own, fused = own.to(dtype=torch.bfloat16), fused.to(dtype=torch.bfloat16)
+        if family.name == "Kimi-K2.5":  # its model does: vLLM's table of frames is fp32 on the CPU whatever the default
+            own, fused = own.to("cuda", torch.bfloat16), fused.to("cuda", torch.bfloat16)
         for tower in (own, fused):
             load(tower, weights_of(family, reference))
     finally:

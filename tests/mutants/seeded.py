@@ -23,7 +23,7 @@ ENCODER, CALLS, DEFINE = "tests/test_encoder.py", "tests/test_calls.py", "tests/
 CHECKPOINT, KERNELS = "tests/weights/test_checkpoint.py", "tests/kernels/interpreted.py"
 VLLM = "tests/adapters/test_vllm.py"
 EMBED, ENCODE, SOURCES = "tests/test_embed.py", "tests/test_encode.py", "tests/test_sources.py"
-TOWER_GPU, THREADS_GPU = "tests/gpu/test_tower_gpu.py", "tests/gpu/test_threads_gpu.py"
+TOWER_GPU = "tests/gpu/test_tower_gpu.py"
 CAPTURE_GPU, LARGE_GPU = "tests/gpu/test_capture_gpu.py", "tests/gpu/test_large_gpu.py"
 STEPS_GPU = "tests/gpu/test_kernels_gpu.py::test_each_step_matches_its_definition[8b-one-bfloat16]"
 ATTENTION_GPU = "tests/gpu/test_kernels_gpu.py::test_attention_in_both_forms[72-16-16-bfloat16-gluon]"
@@ -57,6 +57,13 @@ MUTANTS = (
            f"{DEFINE}::test_the_definition_is_transformers_tower"),
     Mutant("frames see each other", "fused_vit/packing.py", "t if clip else 1", "t",
            f"{DEFINE}::test_video_frames_are_images"),
+    Mutant("an outgrown slab given away", "fused_vit/encoder.py",
+           "                self._turns.wait()\n                self._oversize = None",
+           "                self._oversize = None",
+           f"{ENCODER}::test_memory_is_let_go_once_nothing_runs_in_it"),
+    Mutant("a dropped encoder's memory given away", "fused_vit/encoder.py",
+           "        if not self._turns.forked():\n            self._turns.wait()", "        pass",
+           f"{ENCODER}::test_memory_is_let_go_once_nothing_runs_in_it"),
     # --- vLLM ---
     Mutant("tensors of a loader's buffer kept", "fused_vit/adapters/vllm.py", 'tensor.to("cpu", copy=True)',
            'tensor.to("cpu")', f"{VLLM}::test_loaders_may_reuse_their_buffers"),
@@ -220,13 +227,6 @@ MUTANTS = (
     Mutant("launched on the current device", "fused_vit/turns.py",
            "if torch.cuda.current_device() == self.device.index else torch.cuda.device(self.device)", "",
            "tests/gpu/test_lifecycle_gpu.py::test_a_device_that_is_not_the_current_one", needs="two GPUs"),
-    Mutant("an outgrown slab given away", "fused_vit/encoder.py",
-           "                self._turns.wait()\n                self._oversize = None",
-           "                self._oversize = None",
-           f"{THREADS_GPU}::test_a_slab_that_is_outgrown_is_not_given_away_while_it_is_used", needs="a GPU"),
-    Mutant("a dropped encoder's memory given away", "fused_vit/encoder.py",
-           "        if not self._turns.forked():\n            self._turns.wait()", "        pass",
-           f"{THREADS_GPU}::test_memory_of_an_encoder_is_not_given_away_while_it_runs[dropped]", needs="a GPU"),
     Mutant("a failed capture keeps its stream current", "fused_vit/graphs.py",
            "                torch.cuda.stream(torch.cuda.current_stream()),\n", "",
            f"{CAPTURE_GPU}::test_a_capture_that_cuda_gives_up_leaves_nothing_behind", needs="a GPU"),
