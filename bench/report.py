@@ -164,9 +164,13 @@ def archives(report: dict[str, Any]) -> str:
         f"{report['what']}; {environment['device']}, {environment['cores']} cores, torch {environment['torch']} "
         f"(`{ARCHIVES}`). From the first prepared image to the last shard on disk; in brackets the gain over one GPU "
         f"and the error of the vectors to fp32. A process takes {report['start_seconds']:.0f} s before that: imports, "
-        f"weights, and {report['warm_seconds']:.0f} s of kernels and graphs. Hugging Face runs its own processor and "
-        f"tower on one GPU: image by image, in its best batch, and behind as many DataLoader workers as ours has."
+        f"weights, and {report['warm_seconds']:.0f} s of kernels and graphs."
     )
+    if kinds:
+        about += (
+            " Hugging Face runs its own processor and tower on one GPU: image by image, in its best batch, and behind "
+            "as many DataLoader workers as ours has."
+        )
     return "\n".join([about, "", *lines])
 
 

@@ -2,8 +2,8 @@
 
 python -m pytest -m gpu --junitxml=gpu.xml
 python -m bench.suite COMMIT:gpu.xml ... --environment bench/results/families.json
-A later run of a test stands for an earlier one; tests that did not run again keep what the report says of them, as long
-as there are such tests.
+A later run of a test stands for an earlier one, unless it was skipped; tests that did not run again keep what the
+report says of them, as long as there are such tests.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def main() -> None:
         tests |= json.loads(arguments.out.read_text())["tests"]
     for run in arguments.runs:
         commit, _, path = run.partition(":")
-        tests |= outcomes(Path(path), commit)
+        found = outcomes(Path(path), commit)
+        tests |= {name: row for name, row in found.items() if row["outcome"] != "skipped" or name not in tests}
     tests = {name: row for name, row in tests.items() if exists(name)}
     environment = json.loads(arguments.environment.read_text())["environment"]
     environment.pop("commit")

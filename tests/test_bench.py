@@ -629,7 +629,7 @@ def test_a_suite_keeps_the_last_run_of_every_test_that_there_still_is(
         '<testcase classname="tests.test_bench" name="test_that_is_gone"/>',
         '<testcase classname="tests.test_gone" name="test_x"/>',
     )  # fmt: skip
-    second = junit("bbb.xml", f'<testcase {here}[1]"/>')
+    second = junit("bbb.xml", f'<testcase {here}[1]"/>', f'<testcase {here}[2]"><skipped/></testcase>')
     (tmp_path / "environment.json").write_text(json.dumps({"environment": {"device": "a GPU", "commit": "ccc"}}))
     about = ["--environment", str(tmp_path / "environment.json"), "--out", str(tmp_path / "suite.json")]
     monkeypatch.setattr("sys.argv", ["suite", first, second, *about])
