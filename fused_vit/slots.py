@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
-from multiprocessing.reduction import DupFd
 from typing import Any
 
 import numpy as np
@@ -43,6 +42,8 @@ class Slots:
             return None
 
     def __reduce__(self) -> Any:
+        from multiprocessing.reduction import DupFd  # not everywhere, but wherever there are slots
+
         return _mapped, (DupFd(self.fd), self.count, self.size)
 
     def take(self) -> int | None:
