@@ -12,6 +12,8 @@ import numpy as np
 
 from fused_vit.ray import Encoder
 
+STARTS = 3  # Ray gives a node 30 seconds to start, whatever else its cores have to do
+
 
 @contextmanager
 def local(cpus: int, gpus: int = 0) -> Iterator[None]:
@@ -20,10 +22,17 @@ def local(cpus: int, gpus: int = 0) -> Iterator[None]:
     import ray.data
 
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as place:
-        ray.init(
-            "local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, log_to_driver=False,
-            object_store_memory=1 << 29, _node_ip_address="127.0.0.1", _temp_dir=place,
-        )  # fmt: skip
+        for left in reversed(range(STARTS)):
+            try:
+                ray.init(
+                    "local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, log_to_driver=False,
+                    object_store_memory=1 << 29, _node_ip_address="127.0.0.1", _temp_dir=place,
+                )  # fmt: skip
+                break
+            except Exception:  # of many kinds
+                ray.shutdown()
+                if not left:
+                    raise
         try:
             ray.data.DataContext.get_current().wait_for_min_actors_s = 300  # so that no actor does all while one starts
             yield
