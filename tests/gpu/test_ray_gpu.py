@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import fused_vit
 from examples import ray_bucket
 from fused_vit.images import processor, read_image
-from tests import archives, clusters
+from tests import archives
+from tests.cluster import actors
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +30,7 @@ ENCODER = {"dtype": torch.bfloat16, "max_tokens": 1024}
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with clusters.local(cpus=8, gpus=2):
+    with actors.local(cpus=8, gpus=2):
         yield
 
 
@@ -56,9 +57,9 @@ def test_each_actor_has_a_gpu_of_its_own_and_its_rows_are_the_bits_of_single_cal
     cluster: None, place: Path, one_by_one: dict[str, torch.Tensor]
 ) -> None:
     arguments = {"checkpoint": str(place / "checkpoint"), "workers": 2, "pool": None, **ENCODER}
-    rows = clusters.spread(str(place / "photos"), num_gpus=1, num_cpus=2, fn_constructor_kwargs=arguments)
-    assert {clusters.name(row["path"]) for row in rows} == one_by_one.keys() and len(rows) == len(one_by_one)
-    assert all(np.array_equal(row["embedding"], one_by_one[clusters.name(row["path"])].numpy()) for row in rows)
+    rows = actors.spread(str(place / "photos"), num_gpus=1, num_cpus=2, fn_constructor_kwargs=arguments)
+    assert {actors.name(row["path"]) for row in rows} == one_by_one.keys() and len(rows) == len(one_by_one)
+    assert all(np.array_equal(row["embedding"], one_by_one[actors.name(row["path"])].numpy()) for row in rows)
     devices = {str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())}
     used = {row["device"] for row in rows}
     assert len(used) == 2 and used <= devices and len({row["process"] for row in rows}) == 2
@@ -71,7 +72,7 @@ def test_the_example_writes_the_means_of_those_bits(
         str(place / "photos"), str(place / "checkpoint"), encoders=2, cpus=2, batch=16, **ENCODER
     )  # fmt: skip
     found.write_parquet(str(tmp_path / "vectors"))
-    rows = {clusters.name(row["path"]): row for row in pq.read_table(tmp_path / "vectors").to_pylist()}
+    rows = {actors.name(row["path"]): row for row in pq.read_table(tmp_path / "vectors").to_pylist()}
     assert rows.keys() == one_by_one.keys() and not any(row["error"] for row in rows.values())
     vectors = torch.tensor([rows[name]["embedding"] for name in one_by_one])
     assert torch.allclose(vectors, torch.stack([t.mean(0) for t in one_by_one.values()]), rtol=1e-5, atol=1e-6)

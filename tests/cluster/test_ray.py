@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 
 import fused_vit
 from examples import ray_bucket
-from tests import archives, clusters
+from tests import archives
+from tests.cluster import actors
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with clusters.local(cpus=4):
+    with actors.local(cpus=4):
         yield
 
 
@@ -50,9 +51,9 @@ def test_two_actors_share_the_work(
     cluster: None, checkpoint: Path, photos: list[Path], wanted: dict[str, torch.Tensor]
 ) -> None:
     arguments = {"checkpoint": str(checkpoint), "device": "cpu", "workers": 1, "pool": None}
-    rows = clusters.spread(str(photos[0].parent), fn_constructor_kwargs=arguments)
-    assert sorted(clusters.name(row["path"]) for row in rows) == sorted(wanted)
-    assert all(close(row["embedding"], wanted[clusters.name(row["path"])]) for row in rows)
+    rows = actors.spread(str(photos[0].parent), fn_constructor_kwargs=arguments)
+    assert sorted(actors.name(row["path"]) for row in rows) == sorted(wanted)
+    assert all(close(row["embedding"], wanted[actors.name(row["path"])]) for row in rows)
     assert len({row["process"] for row in rows}) == 2 and {row["device"] for row in rows} == {"cpu"}
 
 
@@ -69,7 +70,7 @@ def test_the_example_reads_a_bucket_and_writes_parquet(
     ray_bucket.main(
         [f"file://{bucket}", str(vectors), "--checkpoint", str(checkpoint), "--encoders=2", "--gpus=0", "--cpus=1"]
     )
-    rows = {clusters.name(row["path"]): row for row in pq.read_table(vectors).to_pylist()}
+    rows = {actors.name(row["path"]): row for row in pq.read_table(vectors).to_pylist()}
     assert rows.keys() == wanted.keys() | {"bad.jpg"}
     assert all(
         close(rows[name]["embedding"], want.mean(0)) and not rows[name]["error"] for name, want in wanted.items()
