@@ -185,6 +185,7 @@ class Sent:
     prepared: Prepared
     shape: tuple[int, int]
     dtype: torch.dtype
+    slot: int | None
     beside: Any  # uint8 [bytes], or None
 
 
@@ -193,7 +194,7 @@ def _work(numbered: Sequence[tuple[int, Any]], slot: int | None) -> Sent:
     pixels = prepared.pixels
     placed = slot is not None and _slots is not None and _slots.write(slot, pixels)
     beside = None if placed else pixels.reshape(-1).view(torch.uint8).numpy()
-    return Sent(replace(prepared, pixels=torch.empty(0)), (len(pixels), pixels.shape[1]), pixels.dtype, beside)
+    return Sent(replace(prepared, pixels=torch.empty(0)), (len(pixels), pixels.shape[1]), pixels.dtype, slot, beside)
 
 
 def _context(prepare: Preparer) -> BaseContext:
@@ -220,12 +221,11 @@ class Workers:
         self.prepare, self.count, self.ahead = prepare, count, count + count // 2 + 1
         self.threads = threads
         self.slots: Slots | None = None
-        self.taken: dict[Future[Prepared | Sent], int] = {}  # slots of tasks that are not done
         self.pool: Executor = ThreadPoolExecutor(count, "fused-vit-prepare") if threads else self._processes(count)
 
     def _processes(self, count: int) -> ProcessPoolExecutor:
         """All of them started, while the encoder is being made ready; with slots that no process before them has."""
-        self.slots, self.taken = Slots.make(self.ahead + HELD, TASK_BYTES), {}
+        self.slots = Slots.make(self.ahead + HELD, TASK_BYTES)
         pool = ProcessPoolExecutor(count, _context(self.prepare), _begin, (self.prepare, self.slots))
         before = os.environ.get("PYTHONSAFEPATH")
         os.environ["PYTHONSAFEPATH"] = "1"  # or the process that forks them looks for modules where one happens to be
@@ -248,23 +248,18 @@ class Workers:
     def submit(self, numbered: Sequence[tuple[int, Any]]) -> Future[Prepared | Sent]:
         if self.threads:
             return self.pool.submit(self.prepare, numbered)
-        slot = self.slots.take() if self.slots else None
-        future: Future[Prepared | Sent] = self.pool.submit(_work, numbered, slot)
-        if slot is not None:
-            self.taken[future] = slot
-        return future
+        return self.pool.submit(_work, numbered, self.slots.take() if self.slots else None)
 
     def received(self, future: Future[Prepared | Sent]) -> Prepared:
         """What a task prepared. Raises what it raised."""
         result = future.result()
         if isinstance(result, Prepared):
             return result
-        slot = self.taken.pop(future, None)
         if result.beside is None:
-            assert self.slots is not None and slot is not None, "pixels are in the slot that the task was given"
-            return replace(result.prepared, pixels=self.slots.read(slot, result.shape, result.dtype))
-        if self.slots is not None and slot is not None:
-            self.slots.give(slot)
+            assert self.slots is not None and result.slot is not None, "it was given a slot, and they are in it"
+            return replace(result.prepared, pixels=self.slots.read(result.slot, result.shape, result.dtype))
+        if self.slots is not None and result.slot is not None:
+            self.slots.give(result.slot)
         pixels = torch.from_numpy(result.beside).view(result.dtype).view(result.shape)
         return replace(result.prepared, pixels=pixels)
 

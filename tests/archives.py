@@ -64,6 +64,13 @@ def photographs(folder: Path, seeds: Sequence[int]) -> list[Path]:
     return paths
 
 
+def place(folder: Path) -> Path:
+    """A checkpoint and 120 photographs, in folders of these names."""
+    checkpoint(folder / "checkpoint")
+    photographs(folder / "photos", range(120))
+    return folder
+
+
 def video(path: Path, frames: int = 12, side: int = 64, fps: int = 8) -> np.ndarray:
     """A clip whose frames are of one grey each; returns the greys. Lossless but for the way through YUV."""
     import av

@@ -23,10 +23,7 @@ pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    archives.checkpoint(folder / "checkpoint")
-    archives.photographs(folder / "photos", range(120))
-    return folder
+    return archives.place(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="module")

@@ -36,10 +36,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    archives.checkpoint(folder / "checkpoint")
-    archives.photographs(folder / "photos", range(120))
-    return folder
+    return archives.place(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="module")
