@@ -23,7 +23,7 @@ help:
 	@echo "make demo    encode a photograph, compare with Hugging Face, write out/demo/pca.png"
 	@echo "make test    every test this machine can run"
 	@echo "make vllm    the vLLM plug-in in an environment of its own; VLLM='vllm==0.20.0' for another release"
-	@echo "make mutants every seeded bug against the test that must catch it, on a GPU where there is one; make test tries a third"
+	@echo "make mutants every seeded bug against the test that must catch it, and no other test"
 	@echo "make fuzz    random calls, flipped bytes and repeated calls at full length; make test tries a part"
 	@echo "make soak    repeats, threads and random calls at full length, on this machine's GPU"
 	@echo "make sanitize every kernel under compute-sanitizer's memcheck and racecheck, on this machine's GPU"
@@ -48,7 +48,7 @@ vllm:
 	else echo "skipped: $(VLLM) cannot be installed here (see pip's reason above)"; fi
 
 mutants: $(STAMP)
-	MUTANTS=all $(SPREAD) tests/mutants
+	$(SPREAD) tests/mutants
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.long fuzz
