@@ -128,17 +128,17 @@ def variable_length(lengths: Sequence[int], device: torch.device) -> Attend | No
 
 
 class Captured:
-    """An assembly in a CUDA graph over its own copy of the pixels. The results of a call are fresh tensors."""
+    """A tower of fixed grids in a CUDA graph over its own copy of the pixels. A call's results are fresh tensors."""
 
-    def __init__(self, assembly: Assembly, pixels: torch.Tensor) -> None:
+    def __init__(self, tower: Callable[[torch.Tensor], list[torch.Tensor]], pixels: torch.Tensor) -> None:
         self.pixels = pixels.clone()
-        self.assembly = assembly  # the graph reads what it computed of the grid
+        self.tower = tower  # the graph reads what it computed of the grids
         for _ in range(2):
-            assembly(self.pixels)  # libraries choose and allocate here, not in the capture
+            tower(self.pixels)  # libraries choose and allocate here, not in the capture
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.results = assembly(self.pixels)
+            self.results = tower(self.pixels)
 
     def __call__(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         self.pixels.copy_(pixels)

@@ -26,6 +26,7 @@ PEERS = {  # key in the JSON -> what tables and plots call it
     "hf_compiled": "the same, blocks compiled",
     "assembly": "libraries in an exact-fit graph",
     "vllm": "vLLM's tower",
+    "vllm_graph": "vLLM's in an exact-fit graph",
 }
 COST_FOLLOWS = 0.62  # a bucket at 55 % of its rows may take this much of its time when full, attention left out
 FILL = 0.55

@@ -83,7 +83,10 @@ class Peers:
             raise Missing(self.reasons[name])
         if name in ("hf_sdpa", "hf_sdpa_linear"):
             return hf_call(getattr(self, name), grids)
-        return {"hf_compiled": self.hf_compiled, "assembly": self.assembly, "vllm": self.vllm}[name](grids, pixels)
+        builders = {
+            "hf_compiled": self.hf_compiled, "assembly": self.assembly, "vllm": self.vllm, "vllm_graph": self.vllm_graph
+        }  # fmt: skip
+        return builders[name](grids, pixels)
 
     def gone(self, name: str, error: Exception) -> Missing:
         """A peer that failed once is not tried again."""
@@ -122,11 +125,27 @@ class Peers:
     def vllm(self, grids: Grids, pixels: torch.Tensor) -> Call:
         """vLLM's own tower, launched eagerly, without its engine."""
         try:
-            tower = self.vllm_tower = self.vllm_tower or vllm_tower(self.hf_sdpa)
-            width = tower.merger.linear_fc2.output_size
+            tower, width = self.of_vllm()
         except Exception as error:  # absent, or with other names than those below
             raise self.gone("vllm", error) from error
         return lambda pixels: list(tower(pixels, grid_thw=grids).split(width, 1))
+
+    def vllm_graph(self, grids: Grids, pixels: torch.Tensor) -> Call:
+        """vLLM's own tower in a CUDA graph, as its encoder graphs run it, but of exactly these grids.
+
+        It is spared what those do besides: padding to a budget, and making the grids' metadata in every call.
+        """
+        try:
+            tower, width = self.of_vllm()
+            about = tower.prepare_encoder_metadata(grids)
+            return Captured(lambda pixels: list(tower(pixels, None, encoder_metadata=about).split(width, 1)), pixels)
+        except Exception as error:
+            raise self.gone("vllm_graph", error) from error
+
+    def of_vllm(self) -> tuple[Any, int]:
+        """vLLM's tower, built once, and the width of each of its outputs, which it returns side by side."""
+        self.vllm_tower = self.vllm_tower or vllm_tower(self.hf_sdpa)
+        return self.vllm_tower, self.vllm_tower.merger.linear_fc2.output_size
 
 
 def vllm_tower(tower: Any, fused: bool = False) -> Any:

@@ -318,8 +318,27 @@ def test_a_case_has_every_engine_with_its_error_or_a_reason(bench: encoder.Bench
     for name in ("hf_sdpa", "hf_sdpa_linear", "assembly"):
         assert 1e-4 < row[name]["error"] <= row["allowed"] and row[name]["wall_ms"]["median"] == 2.0, name
     assert "vllm" in row["vllm"]["missing"] and row["hf_compiled"] == {"missing": "the time for compiling is spent"}
-    assert "ModuleNotFoundError" in bench.peers.reasons["vllm"]
+    assert all("ModuleNotFoundError" in bench.peers.reasons[name] for name in ("vllm", "vllm_graph"))
     json.dumps(row, allow_nan=False)
+
+
+def test_vllms_tower_is_called_and_captured_as_vllm_does(bench: encoder.Bench) -> None:
+    own = bench.peers.hf_sdpa
+
+    class Tower:
+        merger = SimpleNamespace(linear_fc2=SimpleNamespace(output_size=own.config.out_hidden_size))
+
+        def prepare_encoder_metadata(self, grids: Any) -> Any:
+            return {"grids": grids}
+
+        def __call__(self, pixels: torch.Tensor, grid_thw: Any, encoder_metadata: Any = None) -> torch.Tensor:
+            assert (grid_thw is None) == (encoder_metadata is not None), "a graph's grids are known before"
+            grids = grid_thw or encoder_metadata["grids"]
+            return torch.cat(peers.hf_call(own, grids)(pixels), 1)
+
+    bench.peers.vllm_tower = Tower()
+    row = encoder.measure(bench, GRIDS)
+    assert row["vllm"] == row["vllm_graph"] == row["hf_sdpa"] and "wall_ms" in row["vllm"]
 
 
 def test_towers_in_vllms_process_have_a_speed_only_where_they_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
