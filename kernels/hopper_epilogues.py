@@ -156,18 +156,35 @@ def rotate(y, row_side, column_side):
 
 
 @gluon.jit
+def norm_head(y, gain_ptr, eps):
+    """A head of 64 columns through an RMSNorm of its own."""
+    layout: gl.constexpr = y.type.layout
+    gain = gl.expand_dims(gl.load(gain_ptr + gl.arange(0, 64, layout=gl.SliceLayout(0, layout))), 0)
+    # fma by name: left to the compiler, which square is fused with a sum depends on the row in the tile
+    square = gl.sum(gl.fma(y, y, gl.zeros([y.shape[0], 64], gl.float32, layout)), 1)
+    return y * gl.expand_dims(gl.rsqrt(square * (1 / 64) + eps), 1) * gain
+
+
+@gluon.jit
 def store_qkv(
     y, fetched, row, column, rows, N, row_side, column_side, operands, OPTIONS: gl.constexpr, WARPS: gl.constexpr
 ):  # fmt: skip
-    """rope(norm(x) @ W.T + b), heads first: y [heads, capacity, STRIDE], a one and zeros behind a head."""
-    y_ptr, capacity = operands
+    """rope(norm(x) @ W.T + b), heads first: y [heads, capacity, STRIDE], a one and zeros behind a head.
+
+    Where queries and keys have norms, a head is a piece.
+    """
+    y_ptr, capacity, gain_ptr, head_eps = operands
     HEAD_DIM: gl.constexpr = OPTIONS[0]
     STRIDE: gl.constexpr = OPTIONS[1]
     ROTATED: gl.constexpr = OPTIONS[2]
     CENTRED: gl.constexpr = OPTIONS[3]
+    NORMED: gl.constexpr = OPTIONS[4]
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     dtype: gl.constexpr = y_ptr.dtype.element_ty
     y = normalise(y, row_side, column_side, True, CENTRED)
+    if NORMED > 0:  # noqa: SIM102 -- one condition would compile the branch without a gain
+        if column < NORMED:
+            y = norm_head(y, gain_ptr + column, head_eps)
     if column < ROTATED:
         y = rotate(y, row_side, column_side)
     stored = gl.convert_layout(y.to(dtype), STORE)

@@ -87,13 +87,14 @@ def qkv(
     """Launch over the rows that count[0] holds. y is [heads, rows, stride]."""
     rows, (columns, width) = x.shape[0], weight.shape
     arch, programs = device_arch(x.device), multiprocessors(x.device)
-    hopper = hopper_config("qkv", rows, columns, width, x.dtype, arch, programs) if gain is None else None
-    if hopper:
+    hopper = hopper_config("qkv", rows, columns, width, x.dtype, arch, programs)
+    if hopper and (gain is None or head_dim == 64):  # there, what an epilogue has at a time is a head
         from .hopper_epilogues import store_qkv  # another triton may not have what it imports
         from .hopper_matmul import hopper_matmul
 
         hopper_matmul(
-            x, weight, store_qkv, (y, rows), (head_dim, y.shape[2], rotated * head_dim, centred),
+            x, weight, store_qkv, (y, rows, gain, head_eps),
+            (head_dim, y.shape[2], rotated * head_dim, centred, normed * head_dim),
             columns=(bias, colsum, *(frequencies if frequencies is not None else (None, None))), places=places,
             moments=(sums, eps, centred), config=hopper, programs=programs, count=count,
         )  # fmt: skip

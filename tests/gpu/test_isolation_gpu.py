@@ -42,6 +42,7 @@ CASES = [
     ("heads of 72", "bfloat16"), ("heads of 72", "float16"), ("heads of 72", "float32"), ("heads of 72", "bytes"),
     ("gated, in windows, heads of 80", "bfloat16"), ("whole clips, pooled", "bfloat16"),
     ("class token, heads of 64", "bfloat16"), ("class token, heads of 64", "bytes"),
+    ("normed heads of 64, clamped", "bfloat16"), ("normed heads of 64, clamped", "float16"),
 ]  # fmt: skip
 
 

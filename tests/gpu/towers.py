@@ -31,6 +31,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "gated, in windows, heads of 80": TOWERS["Qwen2.5-VL-7B"],
     "whole clips, pooled": TOWERS["Kimi-K2.5"] | {"vt_num_hidden_layers": 2},
     "class token, heads of 64": TOWERS["InternViT"] | {"num_hidden_layers": 2},
+    "normed heads of 64, clamped": TOWERS["GLM-5.3-Flash"] | {"depth": 2},
     "27 blocks": TOWERS["8B"] | {"depth": 27, "deepstack_visual_indexes": [8, 16, 24]},
 }
 GRID = [[1, 16, 16], [2, 10, 14], [1, 34, 26]]

@@ -98,7 +98,7 @@ BREAKS = {
     "rows of the other half": ("row = START + gl.expand_dims", "row = gl.expand_dims"),
     "cleared alone": ("                mbarrier.arrive(cleared, count=1)\n", ""),
     "keys of two blocks": ("(key >= (gl.cdiv(rows, BLOCK_N) - 1) * BLOCK_N) & (key < rows)", "key < rows"),
-    "queries of the last tile": ("q.index(turn % 2 * 2 + GROUP_ID), q_rest", "q.index(GROUP_ID), q_rest"),
+    "queries of the last tile": ("q_rest, turn % 2 * 2 + GROUP_ID", "q_rest, GROUP_ID"),
     "no fence": ("                fence_async_shared()\n", ""),
     "queries kept": ("        mbarrier.arrive(q_empty.index(turn % 2), count=1)\n", ""),
     "values kept": ("            mbarrier.arrive(v_empty.index(last), count=1)\n", ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,21 @@ FORMS = {
     "64 rows": HopperConfig(64, 64, 1, buffers=4),
     "64 rows, 192 columns": HopperConfig(64, 192, 1, buffers=2),
 }
-HEAD_DIM, STRIDE, ROTATED_HEADS, HEADS, EPS = 24, 32, 6, 9, 1e-6
+EPS, HEAD_EPS = 1e-6, 0.25  # a head's as large as makes its place in the formula count
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How many heads of what size; the first ones are normed and rotated."""
+
+    count: int
+    dim: int
+    stride: int
+    rotated: int
+    normed: int = 0
+
+
+QKV = {"qkv": Heads(9, 24, 32, rotated=6), "normed qkv": Heads(5, 64, 64, rotated=3, normed=4)}
 
 
 class Case:
@@ -32,7 +47,8 @@ class Case:
     def __init__(self, op: str, rows: int = 300, columns: int = 200, depth: int = 136) -> None:
         self.op, self.rows, self.depth, self.capacity = op, rows, depth, rows + 90
         rng = np.random.default_rng(0)
-        self.columns = HEADS * HEAD_DIM if op == "qkv" else columns
+        self.heads = heads = QKV.get(op)
+        self.columns = heads.count * heads.dim if heads else columns
         self.a = np.full((self.capacity, depth), np.nan, np.float32)
         self.a[:rows] = emulator.round_to(rng.standard_normal((rows, depth)), "bfloat16")
         weight = rng.standard_normal((self.columns, depth)) * depth**-0.5
@@ -40,7 +56,8 @@ class Case:
         self.bias = rng.standard_normal(self.columns).astype(np.float32)
         self.x = emulator.round_to(rng.standard_normal((self.capacity, self.columns)), "bfloat16").astype(np.float32)
         self.places = rng.integers(0, 90, (2, self.capacity)).astype(np.float32)
-        self.frequencies = rng.random((2, ROTATED_HEADS * HEAD_DIM // 2)).astype(np.float32)
+        self.gain = rng.standard_normal(self.columns).astype(np.float32)
+        self.frequencies = rng.random((2, heads.rotated * heads.dim // 2 if heads else 0)).astype(np.float32)
         self.order = rng.permutation(rows).astype(np.int32)
         wide = self.a[:rows].astype(np.float64)
         split = depth // 2
@@ -50,7 +67,7 @@ class Case:
         mean, variance = wide.mean(1, keepdims=True), wide.var(1, keepdims=True)
         normed = op != "residual"
         y = ((wide - mean) / np.sqrt(variance + EPS) if normed else wide) @ self.weight.T.astype(np.float64) + self.bias
-        self.want = getattr(self, f"_{op}")(y)
+        self.want = self._qkv(y, heads) if heads else getattr(self, f"_{op}")(y)
 
     def _linear(self, y: Any) -> Any:
         placed = np.empty_like(y)
@@ -64,15 +81,18 @@ class Case:
     def _residual(self, y: Any) -> Any:
         return y + self.x[: self.rows]
 
-    def _qkv(self, y: Any) -> Any:
-        heads = y.reshape(self.rows, HEADS, HEAD_DIM)
+    def _qkv(self, y: Any, own: Heads) -> Any:
+        heads = y.reshape(self.rows, own.count, own.dim)
+        scale = self.gain.reshape(own.count, own.dim) / np.sqrt((heads**2).mean(2, keepdims=True) + HEAD_EPS)
+        heads = np.concatenate([(heads * scale)[:, : own.normed], heads[:, own.normed :]], 1)
         angle = np.einsum("am,aj->mj", self.places[:, : self.rows].astype(np.float64), self.frequencies)
-        angle = angle.reshape(self.rows, ROTATED_HEADS, -1)
+        angle = angle.reshape(self.rows, own.rotated, -1)
         cos, sin = np.cos(angle), np.sin(angle)
-        even, odd = heads[:, :ROTATED_HEADS, ::2], heads[:, :ROTATED_HEADS, 1::2]
-        turned = np.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(self.rows, -1, HEAD_DIM)
-        heads = np.concatenate([turned, heads[:, ROTATED_HEADS:]], 1)
-        pad = np.broadcast_to(np.eye(1, STRIDE - HEAD_DIM), (self.rows, HEADS, STRIDE - HEAD_DIM))
+        even, odd = heads[:, : own.rotated, ::2], heads[:, : own.rotated, 1::2]
+        turned = np.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(self.rows, -1, own.dim)
+        heads = np.concatenate([turned, heads[:, own.rotated :]], 1)
+        padding = own.stride - own.dim
+        pad = np.broadcast_to(np.eye(1, padding), (self.rows, own.count, padding))
         return np.concatenate([heads, pad], 2).transpose(1, 0, 2)
 
     def run(self, config: HopperConfig, programs: int, matmul: Any, epilogues: Any) -> float:
@@ -80,10 +100,8 @@ class Case:
         first = 1 << (config.block_n.bit_length() - 1)
         rest = config.block_n - first
         group = config.block_m // (3 if config.groups == 3 else 1)
-        shape = list(self.want.shape)
-        shape[1 if self.op == "qkv" else 0] = self.capacity
-        if self.op == "qkv":
-            shape[2] = STRIDE
+        heads, shape = self.heads, list(self.want.shape)
+        shape[1 if heads else 0] = self.capacity
         y = np.full(shape, UNTOUCHED, np.float32)
         parts = -(-self.columns // 64)
         out_sums = np.full((2, parts, self.capacity), UNTOUCHED, np.float32)
@@ -93,15 +111,17 @@ class Case:
             "linear": ((out, pointer(self.order)), ("quick_gelu", False, None, 1, True, True)),
             "gated": ((out, None), ("silu", True, 1.0, 1, True, True)),
             "residual": ((out, pointer(out_sums), pointer(self.x), self.capacity), (parts,)),
-            "qkv": ((out, self.capacity), (HEAD_DIM, STRIDE, ROTATED_HEADS * HEAD_DIM, True)),
-        }[self.op]
-        store = getattr(epilogues, "store_linear" if self.op == "gated" else f"store_{self.op}")
-        normed = self.op != "residual"
+        }.get(self.op, ((), ()))
+        kind = {"gated": "linear", "normed qkv": "qkv"}.get(self.op, self.op)
+        store, normed = getattr(epilogues, f"store_{kind}"), self.op != "residual"
         turned = np.zeros((2, self.columns), np.float32)
-        if self.op == "qkv":
-            turned[:, : ROTATED_HEADS * HEAD_DIM] = np.repeat(self.frequencies, 2, 1)
-        columns = (bias, colsum if normed else None, *(pointer(f) if self.op == "qkv" else None for f in turned))
-        places = pointer(self.places) if self.op == "qkv" else None
+        if heads:
+            gain = pointer(self.gain) if heads.normed else None
+            operands = (out, self.capacity, gain, HEAD_EPS)
+            options = (heads.dim, heads.stride, heads.rotated * heads.dim, True, heads.normed * heads.dim)
+            turned[:, : heads.rotated * heads.dim] = np.repeat(self.frequencies, 2, 1)
+        columns = (bias, colsum if normed else None, *(pointer(f) if heads else None for f in turned))
+        places = pointer(self.places) if heads else None
         boxes = [
             emulator.Descriptor(matrix, (height, 64))
             for matrix, height in ((self.a, group), (self.weight, first), (self.weight, rest or first))
@@ -113,8 +133,8 @@ class Case:
             epilogues.fetch_residual if self.op == "residual" else None, store, options,
             2 if normed else 0, True, group, first, rest, config.groups, config.buffers, programs, "bfloat16",
         )  # fmt: skip
-        y = y.swapaxes(0, 1) if self.op == "qkv" else y
-        want = self.want.swapaxes(0, 1) if self.op == "qkv" else self.want
+        y = y.swapaxes(0, 1) if heads else y
+        want = self.want.swapaxes(0, 1) if heads else self.want
         if (y[self.rows :] != UNTOUCHED).any() or (out_sums[..., self.rows :] != UNTOUCHED).any():
             return float("inf")
         errors = [relative(y[: self.rows], want)]
@@ -129,7 +149,7 @@ def relative(got: Any, want: Any) -> float:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("op", ["linear", "gated", "residual", "qkv"])
+@pytest.mark.parametrize("op", ["linear", "gated", "residual", "qkv", "normed qkv"])
 def test_matmul(op: str, form: str) -> None:
     matmul, epilogues = emulator.emulated(MATMUL), emulator.emulated(EPILOGUES)
     for programs in (1, 4):
@@ -170,8 +190,13 @@ EPILOGUE_BREAKS = {
     "no bias": ("y = gl.fma(y, row_vector(row_side, 0, layout), bias)", "y *= row_vector(row_side, 0, layout)"),
     "no mean": ("y = gl.fma(row_vector(row_side, 1, layout)", "y = gl.fma(0 * row_vector(row_side, 1, layout)"),
     "no ones": ("gl.where(within == 0, 1.0, 0.0)", "gl.where(within == 1, 1.0, 0.0)"),
+    "heads not normed": ("if column < NORMED:", "if column < 0:"),
+    "values normed": ("if column < NORMED:", "if column < N:"),
+    "the first head's gain": ("norm_head(y, gain_ptr + column", "norm_head(y, gain_ptr"),
+    "a head's eps left out": ("square * (1 / 64) + eps", "square * (1 / 64)"),
     "one head for all": ("(columns // HEAD_DIM - head) * plane + columns % HEAD_DIM", "columns % HEAD_DIM"),
 }  # fmt: skip
+NORMED_BREAKS = ("heads not normed", "values normed", "the first head's gain", "a head's eps left out")
 
 
 @pytest.mark.parametrize("name", [*BREAKS, *EPILOGUE_BREAKS])
@@ -179,8 +204,9 @@ def test_the_emulator_sees_a_broken_kernel(name: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(emulator, "DEADLOCK_SECONDS", 1.0)
     changes = [[BREAKS[name]] if name in BREAKS else [], [EPILOGUE_BREAKS[name]] if name in EPILOGUE_BREAKS else []]
     matmul, epilogues = (emulator.emulated(p, *c) for p, c in zip((MATMUL, EPILOGUES), changes, strict=True))
+    op = "normed qkv" if name in NORMED_BREAKS else "qkv"
     try:
-        error = Case("qkv").run(FORMS["taking turns"], 1, matmul, epilogues)
+        error = Case(op).run(FORMS["taking turns"], 1, matmul, epilogues)
     except (RuntimeError, AssertionError):
         return
     assert not error <= 4e-3
