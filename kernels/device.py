@@ -123,11 +123,13 @@ def activate(x, ACTIVATION: tl.constexpr):
 def glu(y, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """activation(gate) * up [BLOCK_M, BLOCK_N / 2] of adjacent columns (gate, up), clamped to LIMIT if it is not None.
 
-    A thread holds both columns of a pair, so nothing moves between threads.
+    A thread holds both columns of a pair, so nothing moves between threads. A NaN stays one, as in torch's clamp.
     """
+    ALL: tl.constexpr = tl.PropagateNan.ALL
     gate, up = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N // 2, 2)))
     if LIMIT is not None:
-        gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        gate = tl.minimum(gate, LIMIT, propagate_nan=ALL)
+        up = tl.minimum(tl.maximum(up, -LIMIT, propagate_nan=ALL), LIMIT, propagate_nan=ALL)
     return activate(gate, ACTIVATION) * up
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language import PropagateNan
+
+ALL = gl.constexpr(PropagateNan.ALL)  # a NaN that is clamped stays one, as in torch's clamp
 
 
 @gluon.jit
@@ -78,7 +81,8 @@ def store_linear(
     if GATED:
         gate, up = pairs(y)
         if LIMIT is not None:
-            gate, up = gl.minimum(gate, LIMIT), gl.minimum(gl.maximum(up, -LIMIT), LIMIT)
+            gate = gl.minimum(gate, LIMIT, propagate_nan=ALL)
+            up = gl.minimum(gl.maximum(up, -LIMIT, propagate_nan=ALL), LIMIT, propagate_nan=ALL)
         y = activate(gate, ACTIVATION) * up
         column, N = column // 2, N // 2
     else:

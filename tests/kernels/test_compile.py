@@ -44,6 +44,14 @@ def test_resources_stay_within_the_table(arch: int) -> None:
     assert keys == {key for key in EXPECTED if key.startswith(f"sm_{arch} ")}, "run python -m tests.kernels.resources"
 
 
+@pytest.mark.parametrize("arch", resources.ARCHES)
+def test_clamps_keep_a_nan(arch: int) -> None:
+    """Triton's interpreter cannot tell: there NaN stays, however the minimum is asked for."""
+    [fc1] = [launch for launch in resources.launches("GLM-5.3-Flash", 8192, arch) if launch.label.endswith(" fc1")][:1]
+    ptx = resources.compiled(fc1, arch).asm["ptx"]
+    assert "min.NaN.f32" in ptx and "max.NaN.f32" in ptx and "min.f32" not in ptx
+
+
 def test_without_gluon_hopper_runs_the_portable_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.attention_config(72, torch.bfloat16, 90).gluon == config.has_gluon()
     assert (config.hopper_config("qkv", 4096, 3456, 1152, torch.bfloat16, 90, 132) is not None) == config.has_gluon()
