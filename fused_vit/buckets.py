@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import InputError
 
@@ -31,8 +32,8 @@ def ladder(max_tokens: int, windowed: bool = False) -> tuple[Bucket, ...]:
     windowed: for every 32, since windows of at most 64 patches are smaller at the edges.
     """
     per_segment = 32 if windowed else 64
-    if max_tokens <= 0:
-        raise InputError(f"max_tokens is {max_tokens}; expected a positive number of patches")
+    if type(max_tokens) is not int or max_tokens <= 0:
+        raise InputError(f"max_tokens is {max_tokens!r}; expected a positive number of patches")
     sizes = [64]
     while sizes[-1] < max_tokens:
         step = sizes[-1] if sizes[-1] < 512 else 1 << sizes[-1].bit_length() - 3
@@ -42,18 +43,24 @@ def ladder(max_tokens: int, windowed: bool = False) -> tuple[Bucket, ...]:
 
 def as_buckets(values: Iterable[Bucket | int | Sequence[int]]) -> tuple[Bucket, ...]:
     """Buckets from the user's list: Bucket, tokens, or (tokens, segments); sorted. Raises InputError."""
-    buckets = []
-    for value in values:
-        if isinstance(value, int):
-            value = Bucket(value, max(16, value // 64))
-        elif not isinstance(value, Bucket):
-            value = Bucket(*value)
-        if value.tokens <= 0 or value.segments <= 0:
-            raise InputError(f"bucket is {value}; expected positive tokens and segments")
-        buckets.append(value)
+    try:
+        given = list(values)
+    except TypeError as error:
+        raise InputError(f"buckets is {values!r}; expected a list, such as (256, 4096)") from error
+    buckets = [_bucket(value) for value in given]
     if not buckets:
         raise InputError("buckets is empty; expected at least one, such as (256, 4096)")
     return tuple(sorted(set(buckets)))
+
+
+def _bucket(value: Any) -> Bucket:
+    if isinstance(value, Bucket):
+        value = value.tokens, value.segments
+    sizes = (value, max(16, value // 64)) if isinstance(value, int) else value
+    whole = isinstance(sizes, Sequence) and len(sizes) == 2 and all(type(n) is int and n > 0 for n in sizes)
+    if not whole:
+        raise InputError(f"bucket is {value!r}; expected positive whole numbers: patches, or patches and segments")
+    return Bucket(*sizes)
 
 
 def choose(buckets: Sequence[Bucket], tokens: int, segments: int) -> Bucket | None:

@@ -55,6 +55,12 @@ def check_dense(name: str, tensor: torch.Tensor) -> None:
     if masked or tensor.is_nested or tensor.is_meta or tensor.layout is not torch.strided:
         kind = "masked" if masked else "nested" if tensor.is_nested else "on meta" if tensor.is_meta else tensor.layout
         raise InputError(f"{name} is {kind}; expected a dense tensor with values")
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    reach = tensor.numel() if tensor.is_contiguous() else 1 + sum((n - 1) * step for n, step in steps)
+    if tensor.numel() and tensor.untyped_storage().nbytes() < (tensor.storage_offset() + reach) * tensor.itemsize:
+        raise InputError(
+            f"{name} has no memory behind all of its {list(tensor.shape)} numbers: its storage was resized"
+        )
 
 
 def read_grid(grid: Grid, columns: tuple[int, ...] = (3,)) -> list[list[int]]:
@@ -66,7 +72,10 @@ def read_grid(grid: Grid, columns: tuple[int, ...] = (3,)) -> list[list[int]]:
         shape, rows = tuple(grid.shape), grid
     else:
         try:
-            rows = torch.tensor([list(row) for row in grid])
+            given = list(grid)
+            if any(isinstance(part, (set, frozenset, dict)) for part in (grid, *given)):
+                raise TypeError("what is in it has no order")
+            rows = torch.tensor([list(row) for row in given])
         except (TypeError, ValueError, RuntimeError) as error:  # torch says RuntimeError of None
             raise InputError(f"grid_thw is {reprlib.repr(grid)}; expected [images, 3] integers (t, h, w)") from error
         shape = tuple(rows.shape)

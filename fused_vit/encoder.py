@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +33,7 @@ from .workspace import Workspace
 logger = logging.getLogger("fused_vit")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Buckets = Iterable[Bucket | int | Sequence[int]]
-GRIDS = 1024  # whose batches are kept
+GRIDS, KEPT_IMAGES = 1024, 64  # as many grids of at most so many images: 0.2 KB an image
 
 
 def load(
@@ -75,6 +76,8 @@ def _device(device: torch.device | str | None) -> torch.device:
         raise InputError(f"device is {device!r}; supported: cuda (kernels and graphs), cpu (the definition)") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device is {place}, and torch sees no CUDA device here; take cpu (the definition)")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device is {place}; torch sees {torch.cuda.device_count()} CUDA devices here, from cuda:0 on")
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
     if place.type not in ("cuda", "cpu"):
@@ -116,6 +119,11 @@ class FusedViT:
         self.weights = dict(weights)
         windowed = spec.attention.windows is not None
         self.buckets = as_buckets(buckets) if buckets is not None else ladder(max_tokens, windowed)
+        least = spec.merge**2 + spec.class_token
+        if self.buckets[0].tokens < least:
+            raise InputError(
+                f"the smallest bucket is of {self.buckets[0].tokens} patches; the smallest image has {least}"
+            )
         self._plan = build_plan(spec)
         self._outputs = self._plan.output_buffers()
         self._graphs: dict[Bucket, BucketGraph] = {}
@@ -204,14 +212,17 @@ class FusedViT:
             },
             "graphs": len(graphs),
             "capture_seconds": sum(graph.capture_seconds for graph in graphs),
-            "weight_bytes": self.weight_bytes,
+            "weight_bytes": sum({w.data_ptr(): w.nbytes for vit in both for w in vit.weights.copy().values()}.values()),
             "workspace_bytes": sum(vit.workspace_bytes for vit in both),
         }
 
     # --- running ---
 
     def warmup(self) -> FusedViT:
-        """Compile every kernel and capture every bucket, the largest first. After it, a call compiles nothing."""
+        """Compile every kernel and capture every bucket, the largest first. After it, a call compiles nothing.
+
+        But for a call with a segment larger than any bucket, whose size may want other forms of the matmuls.
+        """
         self._check_usable()
         if self.device.type == "cuda":
             with self._turns.take(), torch.no_grad():
@@ -242,7 +253,8 @@ class FusedViT:
         self._check_tensor(pixel_values)
         values = pixel_values.detach() if pixel_values.requires_grad else pixel_values  # a dispatch less
         pixels, grid = flatten_call(self.spec, values, grid_thw)
-        batch = self._batch(tuple(map(tuple, grid)), len(pixels))
+        kept = self._batch if len(grid) <= KEPT_IMAGES else self._batch.__wrapped__
+        batch = kept(tuple(map(tuple, grid)), len(pixels))
         if self.device.type == "cpu":
             pixels = pixels if self.spec.patch.bytes else pixels.to(self.dtype)
             with torch.autocast("cpu", enabled=False):  # which would round what runs in float32
@@ -280,16 +292,23 @@ class FusedViT:
     def for_bytes(self, mean: tuple[float, ...], std: tuple[float, ...]) -> FusedViT:
         """This tower for uint8 pixels [patches, channels * size * size] of stills, which it normalises itself.
 
-        It has its own graphs and workspace, which this one's `stats` count; the weights are shared. The next call with
-        these numbers returns it again.
+        It has its own graphs and workspace, which this one's `stats` count and its own `warmup` captures; the weights
+        but for the patch embedding's are shared. The next call with these numbers returns it again.
+
+        Raises:
+            InputError: (a ValueError) of numbers that are not finite, of a std that is not above 0.
         """
         self._check_usable()
         found = self._for_bytes.get((mean, std))
-        if found is not None:
+        if found is not None and found.weights:
             return found
+        numbers, channels = (*mean, *std), self.spec.patch.channels
+        if not (len(mean) == len(std) == channels and all(map(math.isfinite, numbers)) and min(std) > 0):
+            raise InputError(f"mean {mean}, std {std}; expected {channels} finite numbers each, and no std of 0")
         with self._turns.take():  # it is made of weights that another stream may be packing
             self._check_usable()  # it may have been closed while others had their turn
-            if (mean, std) not in self._for_bytes:
+            found = self._for_bytes.get((mean, std))
+            if found is None or not found.weights:  # or somebody closed it alone
                 spec = replace(self.spec, patch=replace(self.spec.patch, bytes=True))
                 weights = byte_weights(self.spec, self.weights, mean, std)
                 self._for_bytes[mean, std] = FusedViT(spec, weights, buckets=self.buckets)
@@ -383,14 +402,19 @@ class FusedViT:
             outputs = [self._empty(buffer, batch.sizes) for buffer in self._outputs]
             begin, filled = 0, {"rows": 0, "merged": 0}
             for pack in batch.packs:
-                results = self._run_pack(pixels[begin : begin + pack.pixels], pack)
+                self._collect(self._run_pack(pixels[begin : begin + pack.pixels], pack), outputs, filled)
                 begin += pack.pixels
-                for buffer, output, result in zip(self._outputs, outputs, results, strict=True):
-                    if buffer is not None and output is not None and result is not None:
-                        first = filled[str(buffer.shape[0])]
-                        output[first : first + len(result)].copy_(result)
                 filled = {dim: n + pack.sizes[dim] for dim, n in filled.items()}
         return outputs
+
+    def _collect(
+        self, results: Sequence[torch.Tensor | None], outputs: Sequence[torch.Tensor | None], filled: Mapping[str, int]
+    ) -> None:
+        """A pack's results behind those before it. No view of its workspace stays: the next pack may outgrow that."""
+        for buffer, output, result in zip(self._outputs, outputs, results, strict=True):
+            if buffer is not None and output is not None and result is not None:
+                first = filled[str(buffer.shape[0])]
+                output[first : first + len(result)].copy_(result)
 
     def _empty(self, buffer: Buffer | None, sizes: Mapping[str, int]) -> torch.Tensor | None:
         if buffer is None:

@@ -18,6 +18,7 @@ class Turns:
         self.device, self.process, self.lock = device, os.getpid(), threading.Lock()
         self._done: torch.cuda.Event | None = None
         self._last: torch.cuda.Stream | None = None
+        self._running: torch.cuda.Stream | None = None  # of the turn that has not ended
 
     @contextmanager
     def take(self) -> Iterator[None]:
@@ -36,15 +37,21 @@ class Turns:
                 self._done = torch.cuda.Event()
             elif stream is not self._last:
                 stream.wait_event(self._done)
-            self._last = stream
+            self._last = self._running = stream
             try:
                 yield
             finally:
+                self._running = None
                 self._done.record(stream)
 
     def wait(self) -> None:
-        """Until nothing runs any more: freed memory goes to the stream it came from, which may be none that used it."""
+        """Until nothing runs any more: freed memory goes to the stream it came from, which may be none that used it.
+
+        Within a turn, what that turn has launched so far included.
+        """
         if self._done is not None:
+            if self._running is not None:
+                self._done.record(self._running)
             self._done.synchronize()
 
     def forked(self) -> bool:

@@ -55,6 +55,9 @@ with warnings.catch_warnings():  # of torch, that it will have neither for ever
     QUANTIZED = torch.quantize_per_tensor(X, 0.1, 0, torch.qint8)
     QUANTIZED_GRID = torch.quantize_per_tensor(G.float(), 1.0, 0, torch.qint8)
     MASKED, MASKED_GRID = masked_tensor(X, X == 0), masked_tensor(G, G > 0)
+FREED, CUT = X.clone(), X.clone()
+FREED.untyped_storage().resize_(0)  # as sharded training does with parameters
+CUT.untyped_storage().resize_(ROWS * FEATURES * 4 - 1)
 BAD_PIXELS: dict[str, tuple[Any, str]] = {
     "none": (None, "NoneType"),
     "a list": (X.tolist(), "list"),
@@ -91,6 +94,8 @@ BAD_PIXELS: dict[str, tuple[Any, str]] = {
     "sparse": (X.to_sparse(), "sparse"),
     "sparse columns": (X.to_sparse(1), "sparse"),
     "nested": (torch.nested.nested_tensor([X], layout=torch.jagged), "nested"),
+    "whose memory was freed": (FREED, "storage"),
+    "whose memory was cut by a byte": (CUT, "storage"),
 }
 BAD_GRIDS: dict[str, tuple[Any, str]] = {
     "none": (None, "grid_thw"),
@@ -142,6 +147,8 @@ BAD_GRIDS: dict[str, tuple[Any, str]] = {
     "beyond 32 bits": ([[1 << 31, 2, 2]], "rows"),
     "a product beyond 64 bits": ([[1 << 40, 1 << 20, 1 << 20]], "rows"),
     "more rows than 32 bits count": ([[1 << 31, 2, 2]], "at most 1073741824"),
+    "of sets, which have no order": ([{1, 4, 6}, [2, 6, 4]], "grid_thw"),
+    "a set": ({(1, 4, 6), (2, 6, 4)}, "grid_thw"),
     "an integer beyond 64 bits": ([[1 << 70, 2, 2]], "grid_thw"),
 }
 CALLS = {

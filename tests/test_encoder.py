@@ -24,6 +24,7 @@ import fused_vit
 from fused_vit import source
 from fused_vit.buckets import Bucket, as_buckets, choose, ladder
 from fused_vit.encoder import GRIDS
+from fused_vit.errors import InputError
 from fused_vit.executor import define
 from fused_vit.turns import Turns
 from tests.towers_hf import random_pixels, tiny_tower
@@ -116,7 +117,7 @@ def test_stats_count_and_a_closed_encoder_says_so(tower, pixels) -> None:  # typ
             attempt()
 
 
-@pytest.mark.parametrize("device", ["banana", "cuda:x", "mps", "cuda"])
+@pytest.mark.parametrize("device", ["banana", "cuda:x", "mps", "cuda", "cuda:99"])
 def test_a_device_that_is_not_there_is_one_error(tower, device: str) -> None:  # type: ignore[no-untyped-def]
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("it is there")
@@ -272,3 +273,27 @@ def test_ladders_and_choices() -> None:
     assert buckets == (Bucket(256, 2), Bucket(1024, 8), Bucket(4096, 64))
     assert choose(buckets, 200, 2) == buckets[0] and choose(buckets, 200, 3) == buckets[1]
     assert choose(buckets, 4097, 1) is None and choose(buckets, 4, 65) is None
+
+
+@pytest.mark.parametrize(
+    "buckets", [5, [], [0], [-4], [2.5], ["ab"], [(256,)], [(256, 4, 1)], [(2.5, 4)], [(256, 0)], [True], [None], [3]],
+    ids=str,
+)  # fmt: skip
+def test_a_bad_bucket_is_one_error(tower, buckets: Any) -> None:  # type: ignore[no-untyped-def]
+    """3 patches hold no image of this tower; with graphs, its rows would be written behind the buffers."""
+    with pytest.raises(InputError, match="bucket"):
+        fused_vit.FusedViT.from_module(tower, device="cpu", buckets=buckets)
+
+
+@pytest.mark.parametrize("most", [0, -1, 100.5, "x", None])
+def test_a_bad_largest_size_is_one_error(tower, most: Any) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(InputError, match="max_tokens is"):
+        fused_vit.FusedViT.from_module(tower, device="cpu", max_tokens=most)
+
+
+def test_grids_of_many_images_are_not_kept(vit) -> None:  # type: ignore[no-untyped-def]
+    """1024 of 1024 images each took 190 MiB."""
+    before = vit._batch.cache_info().currsize
+    for images, kept in ((64, 1), (65, 1), (65, 1)):
+        vit(torch.zeros(4 * images, 96), [[1, 2, 2]] * images)
+        assert vit._batch.cache_info().currsize == before + kept

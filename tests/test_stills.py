@@ -65,6 +65,13 @@ def test_the_tower_for_bytes_shares_every_weight_but_one_and_is_kept(tmp_path: P
     prepare.image_mean = STD
     vit.encode_images(photos(), prepare)
     assert len(vit._for_bytes) == 2
+    assert 0 < vit.stats()["weight_bytes"] - vit.weight_bytes < vit.weight_bytes, "what the two have of their own"
+    other.close()
+    again = vit.for_bytes(tuple(prepare.image_std), tuple(prepare.image_std))
+    assert again.weights and len(vit._for_bytes) == 2
+    for numbers in ((0.5,) * 2, (0.5, 0.5, float("nan")), (0.5, 0.5, 0.0)):
+        with pytest.raises(InputError, match="expected 3 finite numbers"):
+            vit.for_bytes((0.5,) * 3, numbers)
     vit.close()
     with pytest.raises(InputError, match="closed"):
         other(torch.zeros(16, 3 * vit.spec.patch.size**2, dtype=torch.uint8), [[1, 4, 4]])

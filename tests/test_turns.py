@@ -68,6 +68,18 @@ def test_a_stream_waits_for_the_last_turn_of_another(cuda: SimpleNamespace) -> N
     ]  # fmt: skip
 
 
+def test_a_wait_within_a_turn_is_for_that_turns_work_too(cuda: SimpleNamespace) -> None:
+    """A call of two packs outgrows the slab that its first one runs in. Fails where only the turn before is over."""
+    turns = Turns(torch.device("cuda", 0))
+    with turns.take():
+        cuda.log.append("work")
+    cuda.stream = 1
+    with turns.take():
+        cuda.log.append("work")
+        turns.wait()
+    assert cuda.log[2:] == ["1 waits for 0", "work", "1 recorded", "host waits for 1", "1 recorded"]
+
+
 def test_the_end_of_a_turn_that_fails_is_recorded_and_the_next_begins(cuda: SimpleNamespace) -> None:
     turns = Turns(torch.device("cuda", 0))
     with pytest.raises(ValueError), turns.take():
