@@ -6,7 +6,6 @@ import importlib
 import io
 import math
 import platform
-import shutil
 import sys
 from enum import StrEnum
 from importlib import metadata
@@ -183,7 +182,7 @@ def encode(
             f"{len(failed)} of {len(images)} images failed, the first {failed[0].photo}: {failed[0].reason} "
             "(the same command tries only those again)"
         )
-    shutil.rmtree(parts.folder, ignore_errors=True)
+    parts.remove()
 
 
 def _check_opens(output: Path) -> None:

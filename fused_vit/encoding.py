@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from .spec import TowerSpec
 # photograph, so that no photograph's name can be taken for another tensor's.
 ROWS, GRID, COLOURS = "rows", "grid_thw", "colours"
 RESERVED = "__metadata__"  # by safetensors: no tensor can be called so
+_PART = re.compile(r"[0-9a-f]{32}\.(safetensors|tmp)")  # what `Parts` calls its files
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,15 @@ class Parts:
         save_file(tensors, unfinished)
         os.replace(unfinished, part)
 
+    def remove(self) -> None:
+        """Every run's parts, finished or not, and the folder if nothing else is in it: other files are not ours."""
+        with suppress(OSError):  # the result is written: what cannot be removed is no failure
+            for file in self.folder.iterdir():
+                if _PART.fullmatch(file.name):
+                    with suppress(OSError):
+                        file.unlink()
+            self.folder.rmdir()
+
 
 def identity(vit: FusedViT, prepare: Any) -> str:
     """Of an encoder and its processor: by their numbers, since a name may stand for others tomorrow."""
@@ -85,21 +97,35 @@ def identity(vit: FusedViT, prepare: Any) -> str:
 
 
 def encode_photos(vit: FusedViT, prepare: Any, photos: Iterable[Path], parts: Parts) -> list[Done | Failed]:
-    """Every photograph's part, made now unless it lies there from an earlier run."""
+    """Every photograph's part, made now unless it lies there from an earlier run.
+
+    Raises OSError: a part cannot be written, which no other photograph would change.
+    """
     rows: list[Done | Failed] = []
     owners: dict[str, Path] = {}
     for photo in photos:
         try:
             _claim(photo, vit.spec, owners)
             part = parts.of(photo)
-            if not _readable(part):
-                parts.write(part, _encode(vit, prepare, photo, parts.coloured))
-            rows.append(Done(photo, part))
-        except MemoryError:  # of the host, which says nothing more
-            rows.append(Failed(photo, "not enough memory to decode and resize it"))
-        except (InputError, torch.OutOfMemoryError) as error:
-            rows.append(Failed(photo, " ".join(str(error).removeprefix(f"{photo}: ").split())))
+            tensors = None if _readable(part) else _encode(vit, prepare, photo, parts.coloured)
+        except ImportError:
+            raise  # nothing that another photograph would change
+        except Exception as error:  # ours, and whatever a processor or torch stumbles over
+            rows.append(Failed(photo, _reason(photo, error)))
+            continue
+        if tensors is not None:
+            parts.write(part, tensors)
+        rows.append(Done(photo, part))
     return rows
+
+
+def _reason(photo: Path, error: Exception) -> str:
+    """One line. The processor's errors on sizes that it cannot resize speak for themselves; others need their type."""
+    if isinstance(error, MemoryError):  # of the host, which says nothing more
+        return "not enough memory to decode and resize it"
+    text = " ".join(str(error).removeprefix(f"{photo}: ").split())
+    plain = isinstance(error, (ValueError, ArithmeticError, torch.OutOfMemoryError)) and text
+    return text if plain else f"{type(error).__name__}: {text}"
 
 
 def _claim(photo: Path, spec: TowerSpec, owners: dict[str, Path]) -> None:
@@ -128,10 +154,7 @@ def _readable(part: Path) -> bool:
 
 
 def _encode(vit: FusedViT, prepare: Any, photo: Path, coloured: bool) -> dict[str, torch.Tensor]:
-    try:
-        batch = prepare(images=[read_image(photo)], return_tensors="pt")
-    except (ValueError, ArithmeticError) as error:  # ours, and the processor's on sizes that it cannot resize
-        raise InputError(f"{photo}: {str(error).removeprefix(f'{photo}: ')}") from error
+    batch = prepare(images=[read_image(photo)], return_tensors="pt")
     pixels, grid = flatten_call(vit.spec, *call_of(batch))
     result = vit(pixels.to(vit.device), grid)
     tensors = {ROWS: result.split()[0].cpu(), GRID: torch.tensor(grid[0])}

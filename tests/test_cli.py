@@ -268,12 +268,43 @@ def test_an_interrupted_run_does_the_rest(
 
     monkeypatch.setattr(encoding, "_encode", interrupted)
     assert run("encode", *photos, *common, out).exit_code != 0 and not out.exists()
-    (next((tmp_path / "out.safetensors.parts").iterdir()).parent / "left.tmp").write_bytes(b"half a part")
+    next((tmp_path / "out.safetensors.parts").iterdir()).with_suffix(".tmp").write_bytes(b"half a part")
     assert run("encode", *photos, *common, out).exit_code == 0
     assert calls == [photos[0], photos[1], photos[1]], "the first photograph was encoded again"
     want, got = load_file(whole), load_file(out)
     assert set(want) == set(got) and all(torch.equal(want[name], got[name]) for name in want)
     assert not (tmp_path / "out.safetensors.parts").exists()
+
+
+def test_files_beside_the_parts_stay(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "o.safetensors.parts"
+    folder.mkdir()
+    for name in ("thesis.txt", "mine.safetensors", "mine.tmp"):
+        (folder / name).write_text("of years")
+    line = ("encode", *photos, "--checkpoint", checkpoint, "--device", "cpu", "-o", tmp_path / "o.safetensors")
+    assert run(*line).exit_code == 0
+    assert {path.name for path in folder.iterdir()} == {"thesis.txt", "mine.safetensors", "mine.tmp"}
+
+
+@pytest.mark.parametrize("kind", [TypeError, IndexError, KeyError, RuntimeError])
+def test_whatever_a_processor_raises_costs_only_its_photograph(
+    kind: type[Exception], checkpoint: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fused_vit import encoding
+
+    real, out = encoding.read_image, tmp_path / "out.safetensors"
+
+    def stumbling(photo: Path) -> Image.Image:
+        if photo == photos[0]:
+            raise kind("of the\nprocessor")
+        return real(photo)
+
+    monkeypatch.setattr(encoding, "read_image", stumbling)
+    result = run("encode", *photos, "--checkpoint", checkpoint, "-o", out, "--device", "cpu")
+    said = " ".join(str(kind("of the\nprocessor")).split())
+    assert "1 of 2 images failed" in error(result)
+    assert f"failed: {photos[0]}: {kind.__name__}: {said}\n" in result.stdout
+    assert f"{photos[1]}" in load_file(out)
 
 
 def test_what_changed_is_encoded_again(checkpoint: Path, tmp_path: Path) -> None:
