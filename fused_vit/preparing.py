@@ -36,7 +36,8 @@ from .videos import prepare_video, read_video
 
 TASK_BYTES, TASK_IMAGES = 1 << 24, 32  # that a worker hands over at once: handing over costs about a millisecond
 HELD = 16  # tasks whose pixels the encoder's batches may wait for
-DEATHS = 3  # of processes, one after the other, that end a run
+DEATHS = 3  # of processes, one after the other, until a harmless image shows whether it was the images
+HARMLESS = 256  # pixels along a side of that image
 Grid = list[list[int]]
 Task = list[tuple[int, Any]]  # images and their numbers
 
@@ -243,6 +244,10 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for what is being prepared, and drop the rest."""
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, numbered: Sequence[tuple[int, Any]]) -> Future[Prepared | Sent]:
@@ -266,7 +271,7 @@ class Workers:
     def run(self, sources: Iterable[Any]) -> Iterator[Prepared]:
         """Everything in `sources`, in the order in which it is done; at most half as many tasks wait as work.
 
-        Raises FusedVitError where processes die one after the other.
+        Raises FusedVitError where processes die one after the other, whatever the image.
         """
         waiting = enumerate(sources)
         pending: dict[Future[Prepared | Sent], Task] = {}
@@ -302,27 +307,38 @@ class Workers:
     def _one_by_one(self, lost: Task) -> Iterator[Prepared]:
         """Images of which one killed its process: each alone in one, so that it is seen which."""
         deaths = 0
-        self.pool.shutdown(wait=True)
-        self.pool = self._processes(1)
+        self._renew(1)
         for number, source in lost:
             try:
                 prepared = self.received(self.submit([(number, source)]))
                 deaths = 0
-            except BrokenProcessPool as error:
+            except BrokenProcessPool:
+                self._renew(1)
                 deaths += 1
                 if deaths == DEATHS:
-                    raise FusedVitError(
-                        f"{deaths} worker processes died one after the other, as when memory runs out, or where a "
-                        "script starts them that has no `if __name__ == '__main__':`: take fewer workers; the same "
-                        "command does the rest"
-                    ) from error
+                    self._check_alive()
+                    deaths = 0
                 reason = "the process that prepared it died of it"
                 prepared = Prepared([Part(source, number, reason=reason)], torch.empty(0), 0.0, 0.0)
-                self.pool.shutdown(wait=True)
-                self.pool = self._processes(1)
             yield prepared
+        self._renew(self.count)
+
+    def _renew(self, count: int) -> None:
         self.pool.shutdown(wait=True)
-        self.pool = self._processes(self.count)
+        self.pool = self._processes(count)
+
+    def _check_alive(self) -> None:
+        """A process that outlives a harmless image: the others died of theirs. Raises FusedVitError."""
+        from PIL import Image
+
+        try:
+            self.received(self.submit([(0, Image.new("RGB", (HARMLESS, HARMLESS)))]))
+        except BrokenProcessPool as error:
+            raise FusedVitError(
+                f"{DEATHS + 1} worker processes died one after the other, the last of an image that harms none, as "
+                "when memory runs out, or where a script starts them that has no `if __name__ == '__main__':`: take "
+                "fewer workers; the same command does the rest"
+            ) from error
 
 
 def _next_size(prepared: Prepared) -> int:

@@ -136,23 +136,28 @@ async def stream(
             ready.put(None)
 
     thread = threading.Thread(target=encode_what_comes, name="fused-vit-stream", daemon=True)
-    with Workers(prepare, count, threads=True) as pool_of_workers:
-        thread.start()
-        feeder = asyncio.ensure_future(feed(pool_of_workers))
-        try:
-            while (result := await results.get()) is not None:
-                if isinstance(result, BaseException):
-                    raise result
-                room.release()
-                if isinstance(result, Failed):
-                    yield result.number, InputError(f"image {result.number}: {result.reason}")
-                else:
-                    yield result.number, result.embedding
-        finally:
-            closed.set()
-            feeder.cancel()
-            ready.put(None)
-            await asyncio.to_thread(thread.join)
+    pool_of_workers = Workers(prepare, count, threads=True)
+    thread.start()
+    feeder = asyncio.ensure_future(feed(pool_of_workers))
+
+    def leave() -> None:
+        thread.join()
+        pool_of_workers.close()
+
+    try:
+        while (result := await results.get()) is not None:
+            if isinstance(result, BaseException):
+                raise result
+            room.release()
+            if isinstance(result, Failed):
+                yield result.number, InputError(f"image {result.number}: {result.reason}")
+            else:
+                yield result.number, result.embedding
+    finally:
+        closed.set()
+        feeder.cancel()
+        ready.put(None)
+        await asyncio.to_thread(leave)  # both wait for images under way, and the loop is a server's
 
 
 def _arriving(ready: queue.SimpleQueue[Prepared | BaseException | None]) -> Iterator[Prepared | None]:

@@ -120,15 +120,15 @@ def test_videos_that_nothing_here_reads_are_failures_beside_images(
 class Deadly(Preparer):
     """Some images end the process that decodes them, as a crash in a decoder does."""
 
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] | None = ()  # None: every image
 
     def _decode(self, source: Any) -> Any:
-        if Path(source).name in self.names:
+        if self.names is None or (isinstance(source, Path) and source.name in self.names):
             os._exit(9)
         return super()._decode(source)
 
 
-def deadly(checkpoint: Path, names: tuple[str, ...]) -> Deadly:
+def deadly(checkpoint: Path, names: tuple[str, ...] | None) -> Deadly:
     spec = fused_vit.load(checkpoint, device="cpu").spec
     prepare = Deadly(spec, processor(spec, checkpoint))
     prepare.names = names
@@ -143,10 +143,17 @@ def test_an_image_that_kills_its_worker_costs_only_itself(checkpoint: Path, phot
     assert failed == dict.fromkeys((4, 8), "the process that prepared it died of it")
 
 
+def test_images_that_kill_one_worker_after_the_other_cost_only_themselves(checkpoint: Path, photos: list[Path]) -> None:
+    bad = range(2, 4 + DEATHS)
+    with Workers(deadly(checkpoint, tuple(photos[i].name for i in bad)), 2) as workers:
+        parts = [part for prepared in workers.run(photos) for part in prepared.parts]
+    assert sorted(part.number for part in parts) == list(range(12))
+    assert sorted(part.number for part in parts if part.reason) == list(bad)
+
+
 def test_workers_that_all_die_end_the_run(checkpoint: Path, photos: list[Path]) -> None:
-    names = tuple(photo.name for photo in photos)
-    told = f"{DEATHS} worker processes died one after the other"
-    with Workers(deadly(checkpoint, names), 2) as workers, pytest.raises(FusedVitError, match=told):
+    told = f"{DEATHS + 1} worker processes died one after the other"
+    with Workers(deadly(checkpoint, None), 2) as workers, pytest.raises(FusedVitError, match=told):
         list(workers.run(photos))
 
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,38 @@ def test_a_stream_that_nobody_reads_on_ends(vit: fused_vit.FusedViT, checkpoint:
     while threading.active_count() > before and time.monotonic() < end:
         time.sleep(0.02)
     assert threading.active_count() <= before
+
+
+def test_leaving_a_stream_holds_nobody_up(
+    vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, slow, gaps = ThreadPoolExecutor.shutdown, 1.0, []
+
+    def shutdown(self: ThreadPoolExecutor, *args: Any, **kwargs: Any) -> None:
+        if self._thread_name_prefix == "fused-vit-prepare":
+            time.sleep(slow)
+        real(self, *args, **kwargs)
+
+    async def tick() -> None:
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(0.01)
+            gaps.append(time.monotonic() - last)
+            last += gaps[-1]
+
+    async def run() -> float:
+        stream = vit.stream(photos, processor=checkpoint, workers=2)
+        await anext(stream)
+        ticker, start = asyncio.ensure_future(tick()), time.monotonic()
+        await stream.aclose()
+        end = time.monotonic()
+        await asyncio.sleep(0.05)  # the last gap ends after the stream
+        ticker.cancel()
+        return end - start
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
+    assert asyncio.run(run()) >= slow  # it does wait for its threads
+    assert max(gaps) < slow / 2
 
 
 def test_an_error_of_the_encoder_or_the_source_ends_the_stream(
