@@ -9,7 +9,7 @@ import stat
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -35,6 +35,9 @@ MAX_PIXELS, MAX_BYTES = 178_956_970, 1 << 28  # of one photograph: half a gigaby
 # One thread at a time decodes a PIL image, since two would find it broken. It is found by its address, so that few wait
 # for another image's.
 TURNS = [Lock() for _ in range(61)]
+# Which warnings are shown is the whole process's: of two threads that change it at a time, the one that leaves last
+# would put back what the other had set, for good.
+FILTERS = Lock()
 
 
 def processor(spec: TowerSpec, source: str | Path, *, revision: str | None = None) -> Any:
@@ -144,8 +147,7 @@ def read_image(path: str | Path) -> Any:
 
 def decode_image(data: bytes, name: str) -> Any:
     """`read_image` of a file's content that is in memory already; errors call it `name`."""
-    if len(data) > MAX_BYTES:
-        raise InputError(f"{name}: {len(data)} bytes; expected at most {MAX_BYTES}")
+    check_size(len(data), name)
     return _decode(io.BytesIO(data), name)
 
 
@@ -167,11 +169,12 @@ def _decode(source: Any, name: str) -> Any:
 
     given = isinstance(source, Image.Image)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours, below
-            with nullcontext(source) if given else Image.open(source, formats=FORMATS) as image:
-                width, height = _decoded_size(image)
-                if width * height <= MAX_PIXELS:
+        with nullcontext(source) if given else _opened(source) as image:
+            width, height = _decoded_size(image)
+            if width * height <= MAX_PIXELS:
+                # as it loads, pillow warns of a large TIFF once more; others are decoded side by side
+                large = width * height > (Image.MAX_IMAGE_PIXELS or MAX_PIXELS)
+                with _unwarned() if large else nullcontext():
                     return _rgb(image, in_place=not given)
         too_large = f"{width} x {height} pixels"
     except Image.DecompressionBombError:
@@ -183,6 +186,24 @@ def _decode(source: Any, name: str) -> Any:
         kinds = ", ".join(FORMATS)
         raise InputError(f"{name}: not an image that can be read; supported: {kinds}, complete files") from error
     raise InputError(f"{name}: {too_large}; expected at most {MAX_PIXELS}")
+
+
+def _opened(source: Any) -> Any:
+    """Not decoded yet, so that no thread waits for another's pixels."""
+    from PIL import Image
+
+    with _unwarned():
+        return Image.open(source, formats=FORMATS)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without pillow's warnings of large images, since the limit is ours. One thread at a time."""
+    from PIL import Image
+
+    with FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
 
 
 def _decoded_size(image: Any) -> tuple[int, int]:
@@ -202,9 +223,14 @@ def check_file(path: str | Path) -> os.stat_result:
         raise InputError(f"{path}: {(error.strerror or 'cannot be opened').lower()}") from error
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path}: not a regular file")
-    if status.st_size > MAX_BYTES:
-        raise InputError(f"{path}: {status.st_size} bytes; expected at most {MAX_BYTES}")
+    check_size(status.st_size, path)
     return status
+
+
+def check_size(size: int, name: str | Path) -> None:
+    """Of a file, before it is read. Raises InputError naming it."""
+    if size > MAX_BYTES:
+        raise InputError(f"{name}: {size} bytes; expected at most {MAX_BYTES}")
 
 
 def _rgb(image: Any, in_place: bool) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import InputError
+from .images import check_size
 
 IMAGES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv"}
@@ -252,6 +253,8 @@ def read(record: Record) -> bytes | str:
         return record.file
     if record.kind == "tar":
         offset, size = record.at
+        if not record.video:  # an image's size is known to be too large before it is in memory
+            check_size(size, record.key)
         with open(record.file, "rb") as tar:
             tar.seek(offset)
             data = tar.read(size)

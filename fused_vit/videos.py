@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from .spec import TowerSpec
 logger = logging.getLogger("fused_vit")
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg"  # no demuxer beyond these
 MAX_BYTES = 1 << 32  # of the frames of one video, in RGB
+# That a header may claim, which costs its writer nothing: a day and a half at 30 a second. What samples them may keep a
+# list of them all, as some processors of transformers do.
+MAX_FRAMES = 1 << 22
 
 
 def video_processor(
@@ -128,11 +132,13 @@ def _sampled(container: Any, name: str, prepare: Any) -> tuple[Any, Any]:
     fps = float(stream.average_rate or 0)
     if total <= 0 or fps <= 0:
         raise InputError(f"{name}: {total} frames at {fps} a second; expected some")
+    if total > MAX_FRAMES:
+        raise InputError(f"{name}: {total} frames, as its header has it; expected at most {MAX_FRAMES}: cut it up")
     metadata = VideoMetadata(
         total_num_frames=total, fps=fps, duration=total / fps, video_backend="pyav",
         height=stream.height, width=stream.width,
     )  # fmt: skip
-    wanted = list(range(total))
+    wanted: Sequence[int] = range(total)
     if prepare.do_sample_frames:
         settings = {key: getattr(prepare, key, None) for key in prepare.valid_kwargs.__annotations__}
         wanted = [int(i) for i in prepare.sample_frames(metadata, **settings)]

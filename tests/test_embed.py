@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from fused_vit.embedding import Embedder
 from fused_vit.errors import FusedVitError, InputError
 from fused_vit.images import processor, read_image
 from fused_vit.shards import Folder, Row, storage, stored
+from fused_vit.videos import read_video
 from tests import archives
 
 transformers = pytest.importorskip("transformers")
@@ -199,6 +201,24 @@ def test_videos_are_sampled_decoded_and_embedded_beside_photographs(
     want = vit(patches, [[2, 4, 4]]).pooler_output
     assert found[f"{tmp_path}/in/clip.mp4"].shape == (8, 32) and want is not None
     assert torch.allclose(found[f"{tmp_path}/in/clip.mp4"], want, rtol=0.05, atol=0.05)  # the way through a codec
+
+
+def test_as_many_frames_as_only_a_header_has_are_refused_before_they_are_counted_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("av")
+    archives.video(tmp_path / "clip.mp4")
+    clip, sampler = (tmp_path / "clip.mp4").read_bytes(), FrameSampler()
+    crafted = bytearray(clip)
+    count = clip.index(b"stts") + 12  # behind the box's name, its version and how many runs of frames it has
+    assert struct.unpack_from(">I", clip, count) == (12,)
+    struct.pack_into(">I", crafted, count, 40_000_000)
+    monkeypatch.setattr(sampler, "sample_frames", lambda *_, **__: pytest.fail("sampled"), raising=False)
+    with pytest.raises(InputError, match=r"^a\.mp4: 40000000 frames, as its header has it; expected at most 4194304"):
+        read_video(bytes(crafted), "a.mp4", sampler)
+    monkeypatch.setattr(sampler, "do_sample_frames", False, raising=False)
+    frames, metadata = read_video(clip, "a.mp4", sampler)
+    assert frames.shape == (12, 64, 64, 3) and metadata.frames_indices == list(range(12))
 
 
 def test_hugging_faces_own_video_processor(checkpoint: Path, tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, Event
 from typing import Any
 
 import numpy as np
@@ -225,6 +227,53 @@ def test_threads_may_have_the_same_pil_image() -> None:
     with ThreadPoolExecutor(8) as threads:
         for _ in range(5):
             assert all(np.array_equal(got, want) for got in threads.map(taken, [Image.open(io.BytesIO(data))] * 8))
+
+
+@pytest.mark.parametrize("place", [(Image, "open"), (images, "_rgb")], ids=["opening", "loading"])
+def test_threads_leave_the_filters_of_warnings_as_they_were(
+    place: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that would overlap, the first to come being the first to go; of images that pillow warns of twice."""
+    data, real = encoded(photo(), "TIFF"), getattr(*place)
+    began, second, first_left = Event(), Event(), Event()
+
+    def slow(*args: Any, **options: Any) -> Any:
+        if not began.is_set():
+            began.set()
+            second.wait(0.5)  # in vain, where only one thread at a time comes here
+        else:
+            second.set()
+            first_left.wait(5)
+        return real(*args, **options)
+
+    def first() -> None:
+        images.decode_image(data, "first")
+        first_left.set()
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)  # of 960
+    monkeypatch.setattr(*place, slow)
+    with warnings.catch_warnings(), ThreadPoolExecutor(2) as threads:
+        warnings.simplefilter("error")
+        before = list(warnings.filters)
+        one = threads.submit(first)
+        assert began.wait(5)
+        threads.submit(images.decode_image, data, "second").result()
+        one.result()
+        assert warnings.filters == before
+
+
+def test_threads_decode_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, real, both = encoded(photo(), "PNG"), images._rgb, Barrier(2, timeout=5)
+
+    def meeting(*args: Any, **options: Any) -> Any:
+        both.wait()
+        return real(*args, **options)
+
+    monkeypatch.setattr(images, "_rgb", meeting)
+    with ThreadPoolExecutor(2) as threads:
+        assert [image.size for image in threads.map(lambda name: images.decode_image(data, name), "ab")] == [
+            (40, 24)
+        ] * 2
 
 
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {

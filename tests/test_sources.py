@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fused_vit import images
 from fused_vit.errors import InputError
 from fused_vit.images import decode_image, read_image
 from fused_vit.sources import Record, find, read, share
@@ -138,6 +140,26 @@ def test_a_tar_that_was_cut_off_fails_where_it_ends(tmp_path: Path) -> None:
     assert same(records[:1], [0])
     with pytest.raises(InputError, match=r"1\.png: the tar ends before it does"):
         read(records[1])
+
+
+def test_a_large_member_of_a_tar_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A video, which is no image's size, is read."""
+    limit, names = 1 << 20, ("most.png", "more.png", "clip.mp4")
+    monkeypatch.setattr(images, "MAX_BYTES", limit)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, size in zip(names, (limit, limit + 1, limit + 1), strict=True):
+            info = tarfile.TarInfo(name)
+            info.size = size
+            tar.addfile(info, io.BytesIO(bytes(size)))
+    most, more, clip = find([tmp_path]).records
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=rf"a\.tar/more\.png: {limit + 1} bytes; expected at most {limit}$"):
+            read(more)
+        assert tracemalloc.get_traced_memory()[1] < limit // 2
+    finally:
+        tracemalloc.stop()
+    assert (len(read(most)), len(read(clip))) == (limit, limit + 1)
 
 
 @pytest.mark.parametrize("form", ["bytes", "struct", "large"])

@@ -263,9 +263,10 @@ class _Folder:
         path, root = self.path / name, self.path.resolve()
         if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long
             return None
-        # The hub's cache is made of links into itself: models--owner--name/snapshots/commit/x.json -> ../../blobs/...
+        # A repository in the hub's cache is links into itself: models--owner--name/snapshots/commit/x.json ->
+        # ../../blobs/... What lies beside it is other repositories', or nobody's.
         if len(root.parents) > 2 and root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):
-            root = root.parents[2]
+            root = root.parents[1]
         if not path.resolve().is_relative_to(root):
             raise CheckpointError(
                 f"{path}: links to {path.resolve()}, outside its folder. Give the real file's folder."

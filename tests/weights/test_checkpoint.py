@@ -403,6 +403,18 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path, place: str) -> None
     refuse(folder, f"shards absent: {VISION}")
 
 
+@pytest.mark.parametrize("name", ["config.json", VISION])
+def test_links_into_another_folder_of_the_hubs_cache_are_refused(cache: Path, name: str) -> None:
+    """Of a downloaded folder that is named as a repository in the cache is."""
+    check(read(cache))
+    private = cache.parents[2] / "private"
+    private.mkdir()
+    (cache / name).resolve().rename(private / name)
+    (cache / name).unlink()
+    (cache / name).symlink_to(f"../../../private/{name}")
+    refuse(cache, str(cache / name), str(private / name), "outside its folder")
+
+
 def test_a_linked_folder_is_fine(tmp_path: Path) -> None:
     write_sharded(tmp_path / "model")
     (tmp_path / "link").symlink_to("model")
