@@ -342,7 +342,8 @@ class FusedViT:
             [images, out]; of a single image without the list, or [out].
 
         Raises:
-            InputError: an image cannot be read or encoded; names it by its number.
+            InputError: an image cannot be read or encoded; names it by its number. `stream` yields such an error in the
+                image's place and goes on with the others.
         """
         from .streams import encode
 
