@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import math
+import os
 import platform
 import sys
 from enum import StrEnum
@@ -157,6 +158,10 @@ def encode(
     for target in (output, pca):
         if target is not None and not target.parent.is_dir():
             raise InputError(f"{target}: there is no folder {target.parent}; make it first")
+        if target is not None and target.is_dir():
+            raise InputError(f"{target}: is a folder; give the name of a file in it")
+        if target is not None and any(os.path.realpath(target) == os.path.realpath(image) for image in images):
+            raise InputError(f"{target}: is one of the photographs; give another name")
     _check_opens(output)
     vit = load(checkpoint, device=device, dtype=_torch(dtype), revision=revision)
     prepare = processor(vit.spec, checkpoint, revision=revision)

@@ -27,7 +27,8 @@ FORMATS = ("parquet", "safetensors")
 STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MANIFEST, DONE = "_manifest.json", "fused_vit.done"  # names with _ are skipped by readers of Parquet folders
 SHARD_BYTES, GROUP_BYTES = 1 << 28, 1 << 26  # a shard is full with so much, however few its images; a row group too
-_NAME = re.compile(r"part-(\d{5})-(\d{6})\.(parquet|safetensors)")
+_NAME = re.compile(r"part-(\d{5,})-(\d{6,})\.(parquet|safetensors)")
+_REPORT = re.compile(r"_report-(\d{5,})\.json")  # another name is no report of ours
 _PAIR = struct.Struct("<QQ")
 
 
@@ -153,7 +154,7 @@ class Folder:
     def forget(self, parts: int) -> None:
         """Reports of parts that there no longer are, now that the work is cut into fewer."""
         for path in self.path.glob("_report-*.json"):
-            if int(path.stem.removeprefix("_report-")) >= parts:
+            if (name := _REPORT.fullmatch(path.name)) and int(name[1]) >= parts:
                 path.unlink()
 
     def report(self, report: Mapping[str, Any]) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import stat
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -151,7 +152,8 @@ def _walk(folder: str, listing: Listing) -> Iterator[str]:
 
 def _lines(path: str) -> list[str]:
     try:
-        return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut a name at U+2028
+        return [line.strip() for line in lines if line.strip()]
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not text; expected a path a line in UTF-8") from error
 
@@ -167,6 +169,8 @@ def _file(path: str, column: str | None, listing: Listing) -> Iterator[Record]:
         if not is_text(path):
             raise InputError(NOT_TEXT)  # before anything that would have to name it
         status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            raise InputError("not a regular file")
         size, written = status.st_size, status.st_mtime
         if path.lower().endswith(COMPRESSED):
             raise InputError("a compressed tar, whose members cannot be read one by one; decompress it first")

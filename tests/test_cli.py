@@ -335,6 +335,11 @@ def test_errors_are_one_line(checkpoint: Path, photos: list[Path], tmp_path: Pat
     assert "text.png" in error(run(*encode, tmp_path / "text.png"))
     assert "absent.png" in error(run(*encode, "absent.png"))
     assert "make it first" in error(run("encode", photos[0], "--checkpoint", checkpoint, "-o", tmp_path / "no" / "o"))
+    for target in (photos[0], tmp_path):
+        before = photos[0].read_bytes()
+        kind = "is a folder" if target.is_dir() else "one of the photographs"
+        assert kind in error(run("encode", photos[0], "--checkpoint", checkpoint, "-o", target))
+        assert kind in error(run(*encode, photos[0], "--pca", target)) and photos[0].read_bytes() == before
     assert "--grid" in error(run("describe", checkpoint, "--grid", "64"))
     assert "merge size" in error(run("describe", checkpoint, "--grid", "1x3x3"))
     assert not (tmp_path / "out.safetensors").exists()

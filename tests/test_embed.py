@@ -441,7 +441,10 @@ def test_shards_partition_the_work_exactly(
     assert sum(state.done for state in states) == 30 and all(7 <= state.done <= 8 for state in states)
     assert same(rows(tmp_path), one_by_one)
     assert {path.name.split("-")[1] for path in tmp_path.glob("part-*")} == {f"0000{i}" for i in range(4)}
+    (tmp_path / "_report-old.json").write_text("{}")  # somebody's copy
     assert embed(photos, checkpoint, tmp_path).before == 30  # whoever did it
+    last = [embed(photos, checkpoint, tmp_path / "many", part=1 << 17, parts=(1 << 17) + 1) for _ in range(2)]
+    assert [(state.done, state.before) for state in last] == [(1, 0), (0, 1)], "of more parts than five digits count"
 
 
 def test_torchrun_needs_no_option(

@@ -225,3 +225,20 @@ def test_shares_partition_whatever_their_number(count: int, parts: int) -> None:
 def test_a_share_that_is_none_is_refused(part: int, parts: int) -> None:
     with pytest.raises(InputError, match="expected i/n"):
         share([], part, parts)
+
+
+def test_a_list_may_begin_with_a_mark_and_hold_names_that_end_lines_elsewhere(tmp_path: Path) -> None:
+    names = [str(tmp_path / "a.jpg"), str(tmp_path / "b\u2028c.jpg")]
+    for name in names:
+        Path(name).write_bytes(b"x")
+    listing = tmp_path / "list.txt"
+    listing.write_text("\n".join(names) + "\n", encoding="utf-8-sig")
+    found = find([listing])
+    assert [record.file for record in found.records] == names and not found.unread
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.parquet", "a.jpg", "a.mp4"])
+def test_a_pipe_is_a_failure_and_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    found = find([tmp_path / name])
+    assert not found.records and "not a regular file" in found.unread[0].reason

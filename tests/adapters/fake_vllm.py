@@ -1,7 +1,7 @@
 """A package called vllm with what the plug-in meets of the real one, under the names and signatures of 0.20 to 0.33.
 
 Its towers only record how they were built: numbers are compared with transformers' towers, and with vLLM's own where
-vLLM is installed (test_vllm_real.py).
+vLLM is installed (test_vllm_gpu.py).
 """
 
 from __future__ import annotations
