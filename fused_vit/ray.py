@@ -56,17 +56,21 @@ class Encoder:
                 errors[one.number] = one.reason
             else:
                 embeddings[one.number], rows[one.number] = one.embedding.float().numpy(), one.rows
-        width = next((e.shape[-1] for e in embeddings if e is not None), 0)
+        last_hidden, pooled, *_ = self.vit.plan().output_buffers()
+        read = pooled or last_hidden
+        assert read is not None, "every tower has a last_hidden_state"
+        width = int(read.shape[1])  # also of a batch in which every image failed
         absent = np.full(width, np.nan, np.float32) if self.pool else np.empty((0, width), np.float32)
-        embeddings = [absent if e is None else e for e in embeddings]
+        column = _column([absent if e is None else e for e in embeddings], one_shape=self.pool is not None)
         kept = {name: values for name, values in batch.items() if name != self.column}
-        return {**kept, "embedding": _column(embeddings), "rows": rows, "error": np.array(errors, object)}
+        return {**kept, "embedding": column, "rows": rows, "error": np.array(errors, object)}
 
 
-def _column(embeddings: list[Any]) -> Any:
-    """One array where they have one shape, else an array of arrays."""
-    if len({e.shape for e in embeddings}) <= 1:
+def _column(embeddings: list[Any], one_shape: bool) -> Any:
+    """Of the same kind in every batch, or their blocks would be columns of two types: an array, or one of arrays."""
+    if one_shape:
         return np.stack(embeddings)
     ragged = np.empty(len(embeddings), object)
-    ragged[:] = embeddings
+    for i, embedding in enumerate(embeddings):
+        ragged[i] = embedding
     return ragged

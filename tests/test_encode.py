@@ -386,10 +386,16 @@ def test_rays_class_keeps_other_columns_and_names_errors(
     from fused_vit.ray import Encoder
 
     batch = {"bytes": np.array([p.read_bytes() for p in photos[:3]] + [b"no"], object), "id": np.arange(4)}
-    pooled = Encoder(str(checkpoint), device="cpu")(batch)
+    encoder = Encoder(str(checkpoint), device="cpu")
+    bad = encoder({"bytes": np.array([b"no", b"no"], object)})
+    assert bad["embedding"].shape == (2, 32) and np.isnan(bad["embedding"]).all(), "a column of one type in every batch"
+    pooled = encoder(batch)
     assert sorted(pooled) == ["embedding", "error", "id", "rows"] and pooled["id"].tolist() == [0, 1, 2, 3]
     assert same(list(pooled["embedding"][:3]), [rows.mean(0) for rows in wanted[:3]])
     assert np.isnan(pooled["embedding"][3]).all() and pooled["rows"].tolist()[3] == 0
     assert pooled["error"][:3].tolist() == [""] * 3 and "not an image" in pooled["error"][3]
-    rows = Encoder(str(checkpoint), device="cpu", pool=None)(batch)
+    encoder = Encoder(str(checkpoint), device="cpu", pool=None)
+    rows = encoder(batch)
     assert same(list(rows["embedding"][:3]), wanted[:3]) and rows["embedding"][3].shape == (0, 32)
+    alike = encoder({"bytes": batch["bytes"][[0, 0]]})["embedding"]
+    assert alike.dtype == object and same(list(alike), [wanted[0]] * 2)
