@@ -1,7 +1,7 @@
 """Every family at real sizes: images of 128² to 1080p, a mixed batch; ours beside transformers and the floor.
 
 python -m bench.families --out bench/results/families.json
-Families that are not measured again keep what the report says of them, and the commit that it is of.
+Families that are not measured again keep what the report says of them, with its commit and the card's ceilings then.
 """
 
 from __future__ import annotations
@@ -113,13 +113,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     roof = ceilings()
-    report: dict[str, Any] = {"environment": environment(), "ceilings": roof, "families": {}}
+    report: dict[str, Any] = {"environment": environment(), "families": {}}
     if arguments.out.exists():
         report["families"] = json.loads(arguments.out.read_text())["families"]
     for family in FAMILIES:
         if not available(family) or (arguments.family and family.name not in arguments.family):
             continue
-        measured = {"commit": report["environment"]["commit"]} | measure(family, roof)
+        measured = {"commit": report["environment"]["commit"], "ceilings": roof} | measure(family, roof)
         report["families"][family.name] = measured
         for name, row in measured["cases"].items():
             wall, floor = row.get("wall_ms", float("nan")), row["floor_ms"]
