@@ -155,12 +155,13 @@ def encode(
     from .images import processor, read_image
     from .pca import picture
 
-    for target in (output, pca):
-        if target is not None and not target.parent.is_dir():
+    photographs = {os.path.realpath(image) for image in images}
+    for target in [output] if pca is None else [output, pca]:
+        if not target.parent.is_dir():
             raise InputError(f"{target}: there is no folder {target.parent}; make it first")
-        if target is not None and target.is_dir():
+        if target.is_dir():
             raise InputError(f"{target}: is a folder; give the name of a file in it")
-        if target is not None and any(os.path.realpath(target) == os.path.realpath(image) for image in images):
+        if os.path.realpath(target) in photographs:
             raise InputError(f"{target}: is one of the photographs; give another name")
     _check_opens(output)
     vit = load(checkpoint, device=device, dtype=_torch(dtype), revision=revision)

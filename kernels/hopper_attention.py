@@ -59,9 +59,10 @@ def scores_of(q, q_rest, k, k_rest, at, zero, REST: gl.constexpr):
 
 @gluon.jit
 def queries(q, q_rest, at, LAYOUT: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr):
-    """A warpgroup's queries; of a head of 64 columns in 16 registers a thread, which leaves the other operand more of
+    """A warpgroup's queries.
 
-    the shared memory's bandwidth: 1111 -> 1066 us for 10764 rows. Longer rows of queries leave no registers.
+    Those of 64 columns in 16 registers a thread, so that keys have more of the shared memory's bandwidth: 1111 -> 1066
+    us for 10764 rows. Wider ones leave too few registers.
     """
     mine = q.index(at)
     if FIRST + REST <= 64:
