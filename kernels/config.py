@@ -55,7 +55,6 @@ _GEMM_16BIT: dict[int, dict[str, tuple[tuple[int, GemmConfig], ...]]] = {
         "qkv": ((1 << 30, GemmConfig(64, 128, 32, 8, 4)),),
         "linear": ((1024, GemmConfig(64, 64, 64, 4, 3)), (1 << 30, GemmConfig(128, 128, 32, 8, 4))),
         "gated": ((1024, GemmConfig(64, 64, 64, 4, 3)), (1 << 30, GemmConfig(128, 128, 32, 8, 4))),
-        "merger": ((1 << 30, GemmConfig(64, 64, 64, 4, 3)),),
         "patch_embed": ((1 << 30, GemmConfig(64, 64, 64, 4, 3)),),
         "bytes": ((1 << 30, GemmConfig(64, 64, 64, 4, 3)),),
         "residual": ((1024, GemmConfig(64, 64, 64, 4, 3)), (1 << 30, GemmConfig(128, 128, 32, 8, 4))),
@@ -64,7 +63,6 @@ _GEMM_16BIT: dict[int, dict[str, tuple[tuple[int, GemmConfig], ...]]] = {
         "qkv": ((1 << 30, GemmConfig(64, 128, 64, 4, 4)),),
         "linear": ((512, GemmConfig(128, 128, 64, 8, 3)), (1 << 30, GemmConfig(128, 256, 64, 8, 3))),
         "gated": ((512, GemmConfig(64, 128, 64, 4, 4)), (1 << 30, GemmConfig(128, 128, 64, 8, 3))),
-        "merger": ((512, GemmConfig(64, 64, 64, 4, 4)), (1 << 30, GemmConfig(128, 128, 64, 8, 3))),
         "patch_embed": (
             (512, GemmConfig(64, 64, 64, 4, 4)),
             (896, GemmConfig(64, 128, 64, 4, 4)),  # 784 rows: 14 us, 128 x 128 21
@@ -82,7 +80,6 @@ _GEMM_16BIT: dict[int, dict[str, tuple[tuple[int, GemmConfig], ...]]] = {
         "qkv": ((1 << 30, GemmConfig(64, 64, 64, 4, 4)),),
         "linear": ((1024, GemmConfig(64, 64, 64, 4, 4)), (1 << 30, GemmConfig(128, 128, 64, 8, 3))),
         "gated": ((1024, GemmConfig(64, 64, 64, 4, 4)), (1 << 30, GemmConfig(128, 128, 64, 8, 3))),
-        "merger": ((1 << 30, GemmConfig(64, 64, 64, 4, 4)),),
         "patch_embed": ((1 << 30, GemmConfig(64, 64, 64, 4, 4)),),
         "bytes": ((1 << 30, GemmConfig(64, 64, 64, 4, 4)),),
         "residual": ((1024, GemmConfig(64, 64, 64, 4, 4)), (1 << 30, GemmConfig(128, 128, 64, 8, 3))),
@@ -107,7 +104,6 @@ _HOPPER: dict[str, tuple[HopperConfig, ...]] = {
     "qkv": (_TALL, _BROAD, _SLIM, _SMALL),
     "linear": (_TALL, _DEEP, _SQUARE, _THIRDS, _SHARED, _SLIM, _SMALL),
     "gated": (_TALL, _SHARED, _SLIM, _SMALL),
-    "merger": (_DEEP, _BROAD, _SHARED, _SLIM, _SMALL),  # one copy of an epilogue whose error function is 40 KB of code
     "residual": (_TALL, _DEEP, _SQUARE, _SLIM, _STRIP, _SMALL),
 }
 

@@ -43,13 +43,26 @@ def normalise(y, row_side, column_side, NORMED: gl.constexpr, CENTRED: gl.conste
 
 
 @gluon.jit
+def gelu(x):
+    """As device.gelu."""
+    t = gl.minimum(gl.abs(x), 5.5, propagate_nan=ALL)
+    p = gl.fma(t, 6.57902774e-06, -3.70497663e-05)
+    p = gl.fma(t, p, -0.000476996647)
+    p = gl.fma(t, p, 0.00747432544)
+    p = gl.fma(t, p, -0.0527510475)
+    p = gl.fma(t, p, -0.459136607)
+    p = gl.fma(t, p, -1.15111168)
+    return gl.fma(-t, gl.exp2(gl.fma(t, p, -1.0)), gl.maximum(x, 0.0))
+
+
+@gluon.jit
 def activate(x, ACTIVATION: gl.constexpr):
     """As device.activate."""
     if ACTIVATION == "gelu_tanh":
         root = gl.rsqrt(1.0 + gl.exp2(x * gl.fma(-0.1029432395800235 * x, x, -2.302208198144325)))
         x = x * root * root
     elif ACTIVATION == "gelu":
-        x = 0.5 * x * (1.0 + gl.erf(x * 0.7071067811865476))
+        x = gelu(x)
     elif ACTIVATION == "quick_gelu":
         root = gl.rsqrt(1.0 + gl.exp2(-2.4554669595930157 * x))
         x = x * root * root

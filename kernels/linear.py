@@ -80,7 +80,7 @@ def linear(
 ) -> None:
     """Launch over the rows of y that count[0] holds. programs: of the form for Hopper, default one a multiprocessor."""
     rows, (columns, depth) = y.shape[0], weight.shape
-    op = "merger" if activation == "gelu" else "gated" if gated else "linear"  # erf is much code
+    op = "gated" if gated else "linear"
     arch, programs = device_arch(x.device), programs or multiprocessors(x.device)
     hopper = hopper_config(op, rows, columns, depth, x.dtype, arch, programs)
     if hopper:

@@ -7,7 +7,6 @@ tensor cores, and accesses out of bounds. It does not know layouts, registers or
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 import threading
@@ -219,9 +218,6 @@ def _asm(instruction: str, constraints: str, arguments: Sequence[Any], dtype: st
     return array({"cos.approx.f32": np.cos, "sin.approx.f32": np.sin}[instruction.split()[0]](*arguments))
 
 
-_erf = np.vectorize(math.erf, otypes=[np.float32])
-
-
 def _language() -> types.SimpleNamespace:
     def nothing(*_: Any, **__: Any) -> None:
         return None
@@ -235,7 +231,8 @@ def _language() -> types.SimpleNamespace:
         expand_dims=lambda x, axis: array(np.expand_dims(x, axis)),
         where=lambda c, a, b: array(np.where(c, a, b)) if np.ndim(c) else (a if c else b),
         max=lambda x, axis: array(np.max(x, axis=axis)), sum=lambda x, axis: array(np.sum(x, axis=axis)),
-        exp2=lambda x: array(np.exp2(x)), rsqrt=lambda x: array(1 / np.sqrt(x)), erf=_erf,
+        exp2=lambda x: array(np.exp2(x)), rsqrt=lambda x: array(1 / np.sqrt(x)),
+        abs=lambda x: array(np.abs(x)),
         fma=lambda a, b, c: array(a * b + c), floor=lambda x: array(np.floor(x)),
         full=lambda shape, value, dtype, layout=None: array(np.full(shape, value, np.float32)),
         inline_asm_elementwise=_asm,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,14 @@ def test_few_rows(rows: int) -> None:
     for config in FORMS.values():
         for programs in (2, 9):  # some of which have no tile
             assert Case("linear", rows).run(config, programs, matmul, epilogues) <= 4e-3
+
+
+def test_gelu() -> None:
+    x = np.linspace(-12, 12, 65536).astype(np.float32)
+    want = [v * 0.5 * math.erfc(-v / math.sqrt(2)) for v in x.tolist()]
+    gelu = emulator.emulated(EPILOGUES).gelu
+    assert (np.abs(gelu(emulator.array(x)) - want) <= 1.5e-7 * np.abs(x)).all()
+    assert np.isnan(gelu(emulator.array(np.array([np.nan]))))
 
 
 BREAKS = {  # what a bug would make of a line of the matmul
