@@ -95,7 +95,7 @@ def run(job: Job, tell: Tell, vit: FusedViT | None = None) -> State:
     listing, prepare = _prepared(job, vit, listing)
     store = storage(job.store, job.kind, job.pool is not None, vit.dtype)
     with Folder(job.output, _about(job, vit, prepare, store), part=job.part, kind=job.kind) as folder:
-        state = State(job.part, ignored=listing.ignored, backend=f"{vit.backend} on {vit.device}")
+        state = State(job.part, ignored=len(listing.ignored), backend=f"{vit.backend} on {vit.device}")
         left = _left(job, listing, folder, state)
         tell(state)
         if left or state.failed:
@@ -151,13 +151,13 @@ def _about(job: Job, vit: FusedViT, prepare: Preparer, store: str) -> dict[str, 
 
 
 def _left(job: Job, listing: Listing, folder: Folder, state: State) -> list[Record]:
-    """Of this share, what no shard holds. Raises InputError where something that one holds has another size now.
+    """Of this share, what no shard holds. A file that one holds and that has another size now has failed.
 
     Time alone is worth a warning: what is copied, or fetched again, has another and the same content.
     """
     mine = share(listing.records, job.part, job.parts)
     state.failed = [unread for i, unread in enumerate(listing.unread) if i % job.parts == job.part]
-    state.failures = len(state.failed)
+    state.total = len(mine) + len(state.failed)
     done, left, rewritten = folder.done(), [], []
     shards = {shard: shard.stat().st_mtime for shard in folder.shards()}
     for record in mine:
@@ -166,18 +166,18 @@ def _left(job: Job, listing: Listing, folder: Folder, state: State) -> list[Reco
             continue
         size, shard = done[record.digest]
         if size != record.size:
-            raise InputError(
-                f"{record.key} was embedded when its file had {size} bytes, and it has {record.size} now; delete "
-                f"{shard}, which holds it, or choose another folder with -o"
-            )
-        elif record.written > shards[shard]:
+            reason = f"embedded when its file had {size} bytes, and it has {record.size} now; delete {shard}"
+            state.failed.append(Unread(record.key, reason, record.index))
+            continue
+        state.before += 1
+        if record.written > shards[shard]:
             rewritten.append(record.key)
     if rewritten:
         logger.warning(
             "%d of the files embedded before were written since, with the size that they had, the first %s: if it is "
             "not the same content, delete the shards in %s that hold it", len(rewritten), rewritten[0], folder.path,
         )  # fmt: skip
-    state.total, state.before = len(mine) + len(state.failed), len(mine) - len(left)
+    state.failures = len(state.failed)
     return left
 
 

@@ -152,8 +152,7 @@ def encode(
     What was done stays in OUTPUT.parts until all is: after an interruption the same command does the rest.
     """
     from .encoding import Done, Failed, Parts, encode_photos, identity, merge
-    from .images import processor, read_image
-    from .pca import picture
+    from .images import processor
 
     photographs = {os.path.realpath(image) for image in images}
     for target in [output] if pca is None else [output, pca]:
@@ -167,28 +166,38 @@ def encode(
     vit = load(checkpoint, device=device, dtype=_torch(dtype), revision=revision)
     prepare = processor(vit.spec, checkpoint, revision=revision)
     parts = Parts(output.with_name(f"{output.name}.parts"), identity(vit, prepare), pca is not None)
-    with Progress(console=Console(stderr=True)) as progress:
-        rows = encode_photos(vit, prepare, progress.track(images, description="encoding"), parts)
-    done, failed = [row for row in rows if isinstance(row, Done)], [row for row in rows if isinstance(row, Failed)]
-    if done:
-        maps = merge(done, output, {"fused_vit": __version__, "checkpoint": checkpoint})
-        out.print(f"{len(done)} images to {output} ({vit.backend} on {vit.device})", highlight=False, soft_wrap=True)
-        if pca is not None:
-            try:
-                picture((read_image(row.photo) for row in done), maps).save(pca)
-            except InputError as error:
-                raise InputError(f"{pca}: {error}; the features are in {output}") from error
-            except ValueError as error:  # pillow's word for an unknown suffix
-                raise InputError(f"{pca}: {error}; take .png") from error
-            out.print(f"picture: {pca}", highlight=False, soft_wrap=True)
+    with parts.locked():
+        with Progress(console=Console(stderr=True)) as progress:
+            rows = encode_photos(vit, prepare, progress.track(images, description="encoding"), parts)
+        done, failed = [row for row in rows if isinstance(row, Done)], [row for row in rows if isinstance(row, Failed)]
+        if done:
+            maps = merge(done, output, {"fused_vit": __version__, "checkpoint": checkpoint})
+            text = f"{len(done)} images to {output} ({vit.backend} on {vit.device})"
+            out.print(text, highlight=False, soft_wrap=True)
+            if pca is not None:
+                _draw([row.photo for row in done], maps, pca, output)
+        if not failed:
+            parts.remove()
+    for bad in failed:
+        out.print(f"failed: {bad.photo}: {bad.reason}", highlight=False, soft_wrap=True, markup=False)
     if failed:
-        for bad in failed:
-            out.print(f"failed: {bad.photo}: {bad.reason}", highlight=False, soft_wrap=True, markup=False)
         raise InputError(
             f"{len(failed)} of {len(images)} images failed, the first {failed[0].photo}: {failed[0].reason} "
             "(the same command tries only those again)"
         )
-    parts.remove()
+
+
+def _draw(photos: list[Path], maps: list[torch.Tensor], pca: Path, output: Path) -> None:
+    from .images import read_image
+    from .pca import picture
+
+    try:
+        picture((read_image(photo) for photo in photos), maps).save(pca)
+    except InputError as error:
+        raise InputError(f"{pca}: {error}; the features are in {output}") from error
+    except ValueError as error:  # pillow's word for an unknown suffix
+        raise InputError(f"{pca}: {error}; take .png") from error
+    out.print(f"picture: {pca}", highlight=False, soft_wrap=True)
 
 
 def _check_opens(output: Path) -> None:
@@ -267,6 +276,8 @@ def embed(
     before, seconds = sum(state.before for state in states), max(state.seconds for state in states)
     rate = f", {done / seconds:.1f} images/s" if done else ""
     text = f"{done} images to {output} in {seconds:.1f} s{rate}; {before} were there, {failures} failed"
+    if ignored := max(state.ignored for state in states):  # each process lists all sources
+        text += f"; {ignored} other files left out"
     out.print(text, highlight=False, soft_wrap=True, markup=False)
     for state in states:
         name = f"shard {state.part}, {state.backend}: " if len(states) > 1 else f"{state.backend}: "

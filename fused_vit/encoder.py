@@ -28,7 +28,7 @@ from .towers import find_tower, parse_config
 from .turns import Turns
 from .weights.checkpoint import Checkpoint
 from .weights.pack import byte_weights
-from .workspace import Workspace
+from .workspace import Workspace, needed
 
 logger = logging.getLogger("fused_vit")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -66,7 +66,9 @@ def load(
     place = _device(device)
     read, stored = read_tower(checkpoint, tower, spec)
     kept = dtype or (torch.float32 if place.type == "cpu" else stored)
-    return FusedViT(spec, pack(spec, read, _checked(kept), place), buckets=buckets, max_tokens=max_tokens)
+    vit = FusedViT(spec, pack(spec, read, _checked(kept), place), buckets=buckets, max_tokens=max_tokens)
+    vit._checkpoint = (path, revision)
+    return vit
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -134,6 +136,7 @@ class FusedViT:
         self._asked: Counter[Bucket] = Counter()  # rows
         self._warned = False
         self._for_bytes: dict[Normalisation, FusedViT] = {}
+        self._checkpoint: tuple[str | Path, str | None] | None = None  # with its revision, where `load` read one
         tile = self.tile if self.device.type == "cuda" else None
         self._batch = lru_cache(GRIDS)(partial(make_batch, spec, self.buckets, tile))
         with self._turns.take():
@@ -178,6 +181,29 @@ class FusedViT:
     @property
     def workspace_bytes(self) -> int:
         return sum(w.slab.numel() for w in (self._workspace, self._oversize) if w is not None)
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Of the workspace, known before it is made: `workspace_bytes` after `warmup`. A CPU needs none."""
+        if self.device.type == "cpu":
+            return 0
+        return needed(self._plan, self.buckets, self.dtype.itemsize, self.tile)[0]
+
+    @cached_property
+    def processor(self) -> Any:
+        """The image processor of the checkpoint that `load` read.
+
+        Raises InputError of an encoder from a module; CheckpointError where the checkpoint has none.
+        """
+        if self._checkpoint is None:
+            raise InputError(
+                "processor is missing, and this encoder was made from a module: give the checkpoint's path or hub id, "
+                "or its image processor (fused_vit.images.processor)"
+            )
+        from .images import processor
+
+        path, revision = self._checkpoint
+        return processor(self.spec, path, revision=revision)
 
     @cached_property
     def tile(self) -> int:
@@ -270,7 +296,7 @@ class FusedViT:
         assert outputs[0] is not None, "every tower has a last_hidden_state"
         return VisionOutput(outputs[0], outputs[1], deepstack, batch.merged, batch.rows, hidden)
 
-    def encode_images(self, images: Sequence[Any], processor: Any) -> VisionOutput:
+    def encode_images(self, images: Sequence[Any], processor: Any = None) -> VisionOutput:
         """Encode photographs: the processor resizes and cuts them as bytes; this tower normalises and embeds those.
 
         As `self(*processor(images))` but for rounding, with an eighth of the numbers' memory: no pixel is ever a float
@@ -278,13 +304,14 @@ class FusedViT:
 
         Args:
             images: uint8 tensors or arrays [height, width, 3] on any device, or PIL images of any mode.
-            processor: the checkpoint's Hugging Face image processor. One of torchvision's kind works on this encoder's
-                device.
+            processor: the checkpoint's Hugging Face image processor, default the loaded checkpoint's. One of
+                torchvision's kind works on this encoder's device.
 
         Raises:
             InputError: (a ValueError) naming the image, or what of the processor cannot be folded into weights.
         """
         self._check_usable()
+        processor = self.processor if processor is None else processor
         mean, std = normalisation(processor, self.spec.patch.channels)
         patches, grid = byte_patches(self.spec, processor, images, self.device)
         return self.for_bytes(mean, std)(patches, grid)
@@ -318,7 +345,7 @@ class FusedViT:
         self,
         images: Any,
         *,
-        processor: Any,
+        processor: Any = None,
         pool: Literal["mean"] | None = None,
         batch_tokens: int | None = None,
         normalize_embeddings: bool = False,
@@ -330,7 +357,8 @@ class FusedViT:
 
         Args:
             images: paths, PIL images, files' bytes, or uint8 arrays or tensors [height, width, 3]; one, or many.
-            processor: the checkpoint's path or hub id, or its image processor (`images.processor`).
+            processor: a checkpoint's path or hub id, or its image processor (`images.processor`); default the loaded
+                checkpoint's.
             pool: "mean" for one vector an image, in float32; None for its merged rows.
             batch_tokens: patches of a batch; default those of the largest bucket.
             normalize_embeddings: vectors of length one, with a pool.
@@ -348,7 +376,8 @@ class FusedViT:
         from .streams import encode
 
         return encode(
-            self, images, processor=processor, pool=pool, batch_tokens=batch_tokens,
+            self, images, processor=self.processor if processor is None else processor, pool=pool,
+            batch_tokens=batch_tokens,
             normalize_embeddings=normalize_embeddings, convert_to_numpy=convert_to_numpy,
             show_progress_bar=show_progress_bar, workers=workers,
         )  # fmt: skip
@@ -357,7 +386,7 @@ class FusedViT:
         self,
         images: Iterable[Any] | AsyncIterable[Any],
         *,
-        processor: Any,
+        processor: Any = None,
         pool: Literal["mean"] | None = None,
         batch_tokens: int | None = None,
         workers: int | None = None,
@@ -370,7 +399,8 @@ class FusedViT:
         from .streams import stream
 
         return stream(
-            self, images, processor=processor, pool=pool, batch_tokens=batch_tokens, workers=workers
+            self, images, processor=self.processor if processor is None else processor, pool=pool,
+            batch_tokens=batch_tokens, workers=workers,
         )  # fmt: skip
 
     def _check_usable(self) -> None:
@@ -380,6 +410,11 @@ class FusedViT:
             raise InputError(
                 f"this encoder belongs to process {self._turns.process}, and CUDA does not survive a fork: load one in "
                 "this process, or start it by spawn"
+            )
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise InputError(
+                "the current stream is being captured into a CUDA graph; call the encoder before or after: it replays "
+                "graphs of its own"
             )
 
     def _check_tensor(self, pixels: torch.Tensor) -> None:

@@ -6,12 +6,13 @@ among its own, does only what is left when it is started again.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from .spec import TowerSpec
 # photograph, so that no photograph's name can be taken for another tensor's.
 ROWS, GRID, COLOURS = "rows", "grid_thw", "colours"
 RESERVED = "__metadata__"  # by safetensors: no tensor can be called so
+LOCK = "_lock"
 _PART = re.compile(r"[0-9a-f]{32}\.(safetensors|tmp)")  # what `Parts` calls its files
 
 
@@ -54,7 +56,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The folder of a run's parts. A part is named by everything that its features depend on.
+    """The folder of a run's parts, there while it is locked. A part is named by all that its features depend on.
 
     encoder: an `identity`.
     """
@@ -70,21 +72,37 @@ class Parts:
         name = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
         return self.folder / f"{name}.safetensors"
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """For one run at a time: the first to end removes parts that another counts on. Raises InputError."""
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / LOCK
+        with open(path, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"{self.folder}: another run is encoding to the same file; wait for it, or choose another with -o"
+                ) from None
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    path.unlink()
+                    self.folder.rmdir()
+
     def write(self, part: Path, tensors: dict[str, torch.Tensor]) -> None:
         """Whole or not at all: a run may be killed at any moment."""
-        self.folder.mkdir(exist_ok=True)
         unfinished = part.with_suffix(".tmp")
         save_file(tensors, unfinished)
         os.replace(unfinished, part)
 
     def remove(self) -> None:
-        """Every run's parts, finished or not, and the folder if nothing else is in it: other files are not ours."""
-        with suppress(OSError):  # the result is written: what cannot be removed is no failure
-            for file in self.folder.iterdir():
-                if _PART.fullmatch(file.name):
-                    with suppress(OSError):
-                        file.unlink()
-            self.folder.rmdir()
+        """Every run's parts, finished or not: other files are not ours."""
+        for file in self.folder.iterdir():
+            if _PART.fullmatch(file.name):
+                with suppress(OSError):  # the result is written: what cannot be removed is no failure
+                    file.unlink()
 
 
 def identity(vit: FusedViT, prepare: Any) -> str:

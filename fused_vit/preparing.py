@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing.context import BaseContext
@@ -210,6 +211,25 @@ def _context(prepare: Preparer) -> BaseContext:
     return context
 
 
+@contextmanager
+def _inherited() -> Iterator[None]:
+    """What is started here looks for no modules where it happens to be, and leaves Ctrl-C to this process.
+
+    Until it has imported what workers need, the process that forks them would answer with a traceback.
+    """
+    path = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+        if path is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = path
+
+
 class Workers:
     """Processes or threads that prepare; leave the `with` block and they are gone.
 
@@ -228,16 +248,9 @@ class Workers:
         """All of them started, while the encoder is being made ready; with slots that no process before them has."""
         self.slots = Slots.make(self.ahead + HELD, TASK_BYTES)
         pool = ProcessPoolExecutor(count, _context(self.prepare), _begin, (self.prepare, self.slots))
-        before = os.environ.get("PYTHONSAFEPATH")
-        os.environ["PYTHONSAFEPATH"] = "1"  # or the process that forks them looks for modules where one happens to be
-        try:
+        with _inherited():
             for _ in range(count):
                 pool.submit(_work, (), None)
-        finally:
-            if before is None:
-                del os.environ["PYTHONSAFEPATH"]
-            else:
-                os.environ["PYTHONSAFEPATH"] = before
         return pool
 
     def __enter__(self) -> Workers:

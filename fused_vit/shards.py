@@ -45,6 +45,13 @@ class Row:
     embedding: torch.Tensor
 
 
+def is_result(path: str) -> bool:
+    """Whether a file is of a folder of results, so that the next run takes it for no source."""
+    folder, name = os.path.split(path)
+    ours = name.startswith("_") or _NAME.fullmatch(name)
+    return bool(ours) and os.path.exists(os.path.join(folder, MANIFEST))
+
+
 class Folder:
     """An output folder, locked for one part of the work as long as this is open.
 

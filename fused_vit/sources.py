@@ -19,10 +19,12 @@ from typing import Any, Literal
 
 from .errors import InputError
 from .images import check_size
+from .shards import is_result
 
 IMAGES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv"}
 TAR, PARQUET, LIST = ".tar", ".parquet", ".txt"
+KINDS = IMAGES | VIDEOS | {TAR, PARQUET}
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 NOT_TEXT = "its name is not UTF-8, and results are kept by name; rename it"
 ROWS = 64  # of a Parquet file that are decoded at a time
@@ -63,7 +65,7 @@ class Listing:
 
     records: list[Record] = field(default_factory=list)
     unread: list[Unread] = field(default_factory=list)
-    ignored: int = 0  # files of other kinds in folders
+    ignored: set[str] = field(default_factory=set)  # of other kinds in folders and of globs, and results
     without: str = ""
 
 
@@ -72,7 +74,8 @@ def find(sources: Sequence[str | Path], column: str | None = None, without: str 
 
     column: of Parquet files, the one that holds images; by default the only one with bytes, or `image`.
     without: a folder that is left out where another holds it, such as the one that results go to.
-    Raises InputError where a source does not exist; what is broken inside one is a row of `unread`.
+    Raises InputError where a source does not exist or lies in `without`; what is broken inside one is a row of
+    `unread`.
     """
     listing, seen = Listing(without=os.path.realpath(without) if without else ""), set()
     for source in sources:
@@ -110,11 +113,16 @@ def share(records: Sequence[Record], part: int, parts: int) -> Sequence[Record]:
 
 def _expand(source: str, column: str | None, listing: Listing) -> Iterator[Record]:
     if os.path.isdir(source):
+        if _inside(source, listing.without):
+            raise InputError(
+                f"{source} lies in {listing.without}, where results go and no images are looked for; choose another "
+                "folder with -o, beside it or in it"
+            )
         for path in _walk(source, listing):
-            if _suffix(path) in IMAGES | VIDEOS | {TAR, PARQUET}:
+            if _suffix(path) in KINDS and not is_result(path):
                 yield from _file(path, column, listing)
             else:
-                listing.ignored += 1
+                listing.ignored.add(path)
     elif os.path.lexists(source):
         if _suffix(source) == LIST:
             for path in _lines(source):
@@ -126,8 +134,13 @@ def _expand(source: str, column: str | None, listing: Listing) -> Iterator[Recor
         if not found:
             raise InputError(f"{source}: matches nothing; expected a glob such as 'photos/**/*.jpg' (in quotes)")
         for path in found:
-            if not _inside(path, listing.without):
+            if _inside(path, listing.without):
+                continue
+            wanted = os.path.isdir(path) or _suffix(path) in KINDS | {"", _suffix(source)}
+            if wanted and not is_result(path):
                 yield from _expand(path, column, listing)
+            else:
+                listing.ignored.add(path)
     else:
         raise InputError(f"{source}: no such file or folder")
 

@@ -62,6 +62,11 @@ def place(plan: Plan, bucket: Bucket, itemsize: int, tile: int) -> tuple[dict[st
     return offsets, max(offsets[name] + sizes[name] for name in sizes)
 
 
+def needed(plan: Plan, buckets: Sequence[Bucket], itemsize: int, tile: int) -> tuple[int, Bucket]:
+    """Bytes of a slab in which each of these buckets fits, and the bucket that takes them."""
+    return max((place(plan, bucket, itemsize, tile)[1], bucket) for bucket in buckets)
+
+
 class Workspace:
     """A slab on a device and the views of each bucket into it.
 
@@ -73,7 +78,7 @@ class Workspace:
         self, plan: Plan, buckets: Sequence[Bucket], dtype: torch.dtype, device: torch.device, tile: int
     ) -> None:
         self.plan, self.dtype, self.tile = plan, dtype, tile
-        size, largest = max((self._bytes(bucket), bucket) for bucket in buckets)
+        size, largest = needed(plan, buckets, dtype.itemsize, tile)
         try:
             with torch.inference_mode(False):
                 self.slab = torch.empty(size, dtype=torch.uint8, device=device)
@@ -82,9 +87,6 @@ class Workspace:
                 f"a workspace of {largest.tokens} tokens, {largest.segments} segments, takes {size} bytes of {device}: "
                 f"give smaller buckets or max_tokens, or send fewer patches at once ({error})"
             ) from error
-
-    def _bytes(self, bucket: Bucket) -> int:
-        return place(self.plan, bucket, self.dtype.itemsize, self.tile)[1]
 
     def buffers(self, bucket: Bucket) -> dict[str, torch.Tensor]:
         """Views of the slab for a bucket. Raises ValueError when the slab is too small for it."""

@@ -276,6 +276,15 @@ def test_an_interrupted_run_does_the_rest(
     assert not (tmp_path / "out.safetensors.parts").exists()
 
 
+def test_two_runs_to_one_file_are_refused(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:
+    from fused_vit.encoding import Parts
+
+    line = ("encode", *photos, "--checkpoint", checkpoint, "--device", "cpu", "-o", tmp_path / "out.safetensors")
+    with Parts(tmp_path / "out.safetensors.parts", "another run's", False).locked():
+        assert "another run is encoding to the same file" in error(run(*line))
+    assert list(tmp_path.iterdir()) == [] and run(*line).exit_code == 0
+
+
 def test_files_beside_the_parts_stay(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "o.safetensors.parts"
     folder.mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -358,7 +359,7 @@ def test_what_was_done_before_an_error_is_kept(
     assert embed(photos, checkpoint, tmp_path).before == kept and len(rows(tmp_path)) == 30
 
 
-def test_new_files_are_added_and_changed_ones_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_new_files_are_added_and_a_changed_one_costs_only_itself(checkpoint: Path, tmp_path: Path) -> None:
     source = tmp_path / "in"
     archives.photographs(source, [3, 4])
     embed(source, checkpoint, tmp_path / "out")
@@ -366,10 +367,13 @@ def test_new_files_are_added_and_changed_ones_are_refused(checkpoint: Path, tmp_
     state = embed(source, checkpoint, tmp_path / "out")
     assert (state.done, state.before) == (1, 2) and len(rows(tmp_path / "out")) == 3
     (source / "003.png").write_bytes(archives.data(9))
-    with pytest.raises(
-        InputError, match=r"003\.png was embedded when its file had .* delete .*part-00000-000000\.safe"
-    ):
-        embed(source, checkpoint, tmp_path / "out")
+    archives.photographs(source, [5])
+    state = embed(source, checkpoint, tmp_path / "out")
+    assert (state.done, state.before, state.failures, state.total) == (1, 2, 1, 4) and len(rows(tmp_path / "out")) == 4
+    (changed,) = state.failed
+    assert changed.key == f"{source}/003.png"
+    assert re.match(r"embedded when its file had \d+ bytes, .* delete .*part-00000-000000\.safe", changed.reason)
+    assert embed(source, checkpoint, tmp_path / "out").failures == 1
 
 
 def test_files_that_were_written_since_are_told_of_and_not_done_again(
@@ -421,6 +425,9 @@ def test_results_below_a_source_are_no_source(checkpoint: Path, tmp_path: Path) 
     for done in (2, 0):
         state = embed(tmp_path, checkpoint, tmp_path / "out", kind="parquet")
         assert (state.done, state.failures, state.total) == (done, 0, 2)
+    for source in (tmp_path, f"{tmp_path}/**"):
+        state = embed(source, checkpoint, tmp_path / "other", kind="parquet")
+        assert (state.failures, state.total) == (0, 2) and state.ignored, "the first run's shards are no source"
 
 
 def test_two_runs_of_one_share_are_refused(checkpoint: Path, photos: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -79,6 +80,23 @@ def test_one_image_comes_back_alone(
         alone = vit.encode(image, processor=checkpoint)
         assert torch.equal(alone, wanted[0])
     assert vit.encode(photos[0], processor=checkpoint, pool="mean").shape == (32,)
+
+
+def test_the_loaded_checkpoint_has_the_processor(
+    vit: fused_vit.FusedViT, photos: list[Path], wanted: list[torch.Tensor]
+) -> None:
+    assert same(vit.encode(photos[:2]), wanted[:2])
+
+    async def collected() -> dict[int, Any]:
+        return {number: rows async for number, rows in vit.stream(photos[:2])}
+
+    found = asyncio.run(collected())
+    assert same([found[0], found[1]], wanted[:2])
+    assert torch.equal(vit.encode_images([read_image(photos[0])]).split()[0], wanted[0])
+    other = fused_vit.FusedViT(vit.spec, vit.weights)
+    for call in (other.encode, other.stream, other.encode_images):
+        with pytest.raises(InputError, match=r"processor is missing, and this encoder was made from a module: give"):
+            call(photos[:1])
 
 
 def test_a_pil_image_has_the_features_of_its_file(vit: fused_vit.FusedViT, checkpoint: Path, tmp_path: Path) -> None:
@@ -343,6 +361,12 @@ def test_pixels_come_through_slots_or_beside_them(
             assert len(workers.slots._free) < workers.slots.count, "views hold their slots"
             got.clear()
             assert len(workers.slots._free) == workers.slots.count
+
+
+def test_ctrl_c_is_left_to_the_process_that_started_the_workers(vit: fused_vit.FusedViT, checkpoint: Path) -> None:
+    with Workers(Preparer(vit.spec, processor(vit.spec, checkpoint)), 1) as workers:
+        assert signal.SIGINT in workers.pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, ()).result()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_workers_prepare_a_bounded_number_ahead(vit: fused_vit.FusedViT, checkpoint: Path, photos: list[Path]) -> None:

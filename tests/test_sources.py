@@ -44,7 +44,7 @@ def test_a_folder_is_listed_to_its_bottom_in_order_without_what_is_hidden(tmp_pa
     assert [r.key.removeprefix(f"{tmp_path}/") for r in listing.records] == [
         "000.png", "001.png", "003.png", "004.png", "UPPER.JPG", "below/002.png", "below/005.png",
     ]  # fmt: skip
-    assert same(listing.records, [0, 1, 3, 4, 7, 2, 5]) and listing.ignored == 1 and not listing.unread
+    assert same(listing.records, [0, 1, 3, 4, 7, 2, 5]) and len(listing.ignored) == 1 and not listing.unread
 
 
 def test_globs_lists_and_files_are_one_listing_in_which_each_comes_once(tmp_path: Path) -> None:
@@ -58,6 +58,25 @@ def test_globs_lists_and_files_are_one_listing_in_which_each_comes_once(tmp_path
         find([tmp_path / "absent.png"])
     with pytest.raises(InputError, match=r"matches nothing; expected a glob"):
         find([f"{tmp_path}/*.webp"])
+
+
+def test_a_glob_takes_the_kinds_that_a_folder_does_and_those_that_it_names(tmp_path: Path) -> None:
+    photographs(tmp_path, range(3))
+    for name, content in (("notes.txt", b"no list"), ("labels.json", b"{}"), ("plain", data(5)), ("odd.heic", data(6))):
+        (tmp_path / name).write_bytes(content)
+    listing = find([f"{tmp_path}/*"])
+    assert same(listing.records, [0, 1, 2, 5]) and (len(listing.ignored), listing.unread) == (3, [])
+    assert same(find([f"{tmp_path}/*.heic"]).records, [6])
+    (tmp_path / "notes.txt").write_text(f"{tmp_path}/001.png\n")
+    assert same(find([f"{tmp_path}/*.txt"]).records, [1])
+
+
+def test_a_source_where_results_go_is_refused(tmp_path: Path) -> None:
+    photographs(tmp_path / "in", range(2))
+    for without in (tmp_path, tmp_path / "in"):
+        with pytest.raises(InputError, match=rf"{tmp_path}/in lies in {without}, where results go"):
+            find([tmp_path / "in"], without=without)
+    assert len(find([tmp_path / "in"], without=tmp_path / "in" / "out").records) == 2
 
 
 def test_a_webdataset_tar_is_read_member_by_member(tmp_path: Path) -> None:

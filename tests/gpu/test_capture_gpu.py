@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fused_vit import FusedViT, executor
+from fused_vit.errors import InputError
 from tests.gpu.towers import DEVICE, GRID, done, encoder, flat, pixels_of, python, same
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -44,6 +45,23 @@ def during_capture(at: int, happens: Callable[[], Any]) -> Iterator[list[int]]:
         yield count
     finally:
         executor.launch_step = launch_step
+
+
+def test_a_call_within_a_capture_of_ones_own_is_refused(truth: list[torch.Tensor]) -> None:
+    """Before anything happens that would end the capture."""
+    vit = encoder(buckets=BUCKETS)
+    pixels, count, graph = pixels_of(vit, GRID), torch.zeros(1, device=DEVICE), torch.cuda.CUDAGraph()
+    calls = (lambda: vit(pixels, GRID), lambda: vit(pixels, torch.tensor(GRID, device=DEVICE)), vit.warmup)
+    for _ in range(2):
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            count += 1
+            for call in calls:
+                with pytest.raises(InputError, match="being captured into a CUDA graph; call the encoder before or"):
+                    call()
+        assert same(flat(vit(pixels, GRID)), truth)
+    graph.replay()
+    assert count.item() == 1
 
 
 def refuse() -> None:

@@ -204,6 +204,8 @@ MUTANTS = (
            f"{KERNELS}::test_qkv[16-3-3-False-rope-fp32]", interpreted=True),
     Mutant("quarter turns swapped", "kernels/device.py", "odd = n % 2 != 0", "odd = n % 2 == 0",
            f"{KERNELS}::test_qkv[16-3-3-False-rope-fp32]", interpreted=True),
+    Mutant("the exact GELU of both signs", "kernels/device.py", "tl.maximum(x, 0.0))", "tl.maximum(x, -x))",
+           f"{KERNELS}::test_gelu", interpreted=True),
     Mutant("a clip's frames summed", "kernels/pool.py", "(total / frames)", "total",
            f"{KERNELS}::test_pool[in order-fp32]", interpreted=True),
     Mutant("a norm that is not centred", "kernels/norm.py", "y - (tl.sum(y, 1) / N)[:, None]", "y",
@@ -241,6 +243,9 @@ MUTANTS = (
            f"{CAPTURE_GPU}::test_a_capture_that_cuda_gives_up_leaves_nothing_behind", needs="a GPU"),
     Mutant("garbage is collected during a capture", "fused_vit/graphs.py", "        gc.disable()\n", "",
            f"{CAPTURE_GPU}::test_no_garbage_is_collected_while_a_graph_is_captured", needs="a GPU"),
+    Mutant("a call ends the caller's capture", "fused_vit/encoder.py",
+           'self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()', "False",
+           f"{CAPTURE_GPU}::test_a_call_within_a_capture_of_ones_own_is_refused", needs="a GPU"),
     # --- what only a GPU shows: compiled kernels ---
     Mutant("rows in 32 bits", "kernels/linear.py", "y_ptr + place.to(tl.int64)[:, None] * width",
            "y_ptr + place[:, None] * width",
