@@ -77,9 +77,7 @@ def _check_engine() -> bool:
     from vllm.distributed import get_tensor_model_parallel_world_size
     from vllm.model_executor.models.vision import is_vit_use_data_parallel
 
-    place = torch.empty(0).device  # vLLM makes it the default while it builds a model
-    if place.type not in DEVICES:
-        raise SpecError(f"it is built on {place}; supported: {', '.join(DEVICES)}")
+    _check_device(torch.empty(0).device)  # vLLM makes it the default while it builds a model
     config: Any = get_current_vllm_config()
     ranks = get_tensor_model_parallel_world_size()
     if ranks > 1 and not is_vit_use_data_parallel():
@@ -97,6 +95,18 @@ def _check_engine() -> bool:
     if load_format in UNLOADABLE:
         raise SpecError(f"load_format is {load_format}; supported: those that hand over a checkpoint's tensors by name")
     return load_format == "dummy"
+
+
+def _check_device(place: torch.device) -> None:
+    """Raises SpecError where the kernels cannot run."""
+    if place.type not in DEVICES:
+        raise SpecError(f"it is built on {place}; supported: {', '.join(DEVICES)}")
+    if torch.version.hip is not None:  # its devices are called cuda as well
+        raise SpecError(f"torch is built for ROCm ({torch.version.hip}); supported: CUDA")
+    if place.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(place)
+        if major < 8:  # no bfloat16, and no table in kernels/config.py
+            raise SpecError(f"{place} has compute capability {major}.{minor}; supported: 8.0 and newer")
 
 
 def _check_quantization(quant_config: Any, prefix: str, row: Tower, spec: TowerSpec) -> None:
@@ -235,7 +245,7 @@ class FusedTower(nn.Module):
         vit = self._ready()
         pixels = pixel_values.to(self.device)
         if self.input_norm is not None:
-            pixels = self.input_norm(pixels, self.dtype)
+            pixels = self.input_norm(pixels.flatten(1), self.dtype)  # a Kimi's patches come as images
         return _as_vllm(vit(pixels, grid_thw))
 
     def _ready(self) -> FusedViT:

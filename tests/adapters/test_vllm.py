@@ -18,12 +18,12 @@ import torch
 
 import fused_vit.vllm as plugin
 from fused_vit.adapters import vllm as adapter
-from fused_vit.errors import CheckpointError, FusedVitError
+from fused_vit.errors import CheckpointError, FusedVitError, SpecError
 from tests.adapters import fake_vllm
 
 pytest.importorskip("transformers")
 from tests import families
-from tests.adapters.vllm_towers import SERVED, call, construct, expected, tower_class, weights_of
+from tests.adapters.vllm_towers import MODULES, SERVED, call, construct, expected, tower_class, weights_of
 from tests.families import Family
 from tests.towers_hf import relative
 
@@ -226,15 +226,22 @@ def test_made_up_weights() -> None:
     assert out.shape == (4, 72) and out.isfinite().all()
 
 
-def test_pixels_normalised_on_the_device() -> None:
+NORMED = [family for family in SERVED if family.name in ("Qwen3-VL", "Kimi-K2.5")]
+
+
+@pytest.mark.parametrize("family", NORMED, ids=lambda family: family.name)
+def test_pixels_normalised_on_the_device(family: Family) -> None:
     class Norm(torch.nn.Module):
         def forward(self, pixel_values: torch.Tensor, visual_dtype: torch.dtype) -> torch.Tensor:
+            patches, _ = pixel_values.shape  # vLLM's takes nothing else
             return pixel_values.to(visual_dtype) / 128 - 1
 
-    fused, reference, _ = loaded(input_norm=Norm())
-    data = torch.randint(0, 256, families.pixels(QWEN3, reference, [[1, 4, 4]]).shape, dtype=torch.uint8)
-    wanted = expected(QWEN3, reference, data / 128 - 1, [[1, 4, 4]])
-    assert relative(fused(data, [[1, 4, 4]]), wanted) < 1e-5
+    fused, reference, _ = loaded(family, input_norm=Norm())
+    grid = [[1, 4, 4]]
+    data = torch.randint(0, 256, families.pixels(family, reference, grid).shape, dtype=torch.uint8)
+    out = call(family, fused, data, grid)
+    rows = torch.cat(out) if isinstance(out, list) else out
+    assert relative(rows.flatten(), expected(family, reference, data / 128 - 1, grid).flatten()) < 1e-5
 
 
 # --- what is replaced, and when ---
@@ -297,6 +304,10 @@ def test_the_entry_point_costs_nothing() -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd="/", capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_class_is_built_by_these_tests() -> None:
+    assert {plugin.MODELS + module for module in MODULES.values()} == plugin.TOWERS.keys()
 
 
 def test_the_entry_point_is_declared() -> None:
@@ -395,6 +406,23 @@ def test_other_devices_fall_back(warnings: list[str], monkeypatch: pytest.Monkey
     plugin.register()
     assert type(construct(QWEN3, families.build(QWEN3).config)) is tower_class(QWEN3)
     assert len(warnings) == 1 and "built on cpu; supported: cuda" in warnings[0]
+
+
+def test_rocm_falls_back(warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.2.1")
+    plugin.register()
+    assert type(construct(QWEN3, families.build(QWEN3).config)) is tower_class(QWEN3)
+    assert len(warnings) == 1 and "torch is built for ROCm (7.2.1); supported: CUDA" in warnings[0]
+
+
+def test_older_gpus_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = torch.device("cuda", 0)
+    for major, minor in ((8, 0), (8, 9), (9, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=(major, minor): found)
+        adapter._check_device(place)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(SpecError, match=r"cuda:0 has compute capability 7\.5; supported: 8\.0 and newer"):
+        adapter._check_device(place)
 
 
 def test_a_tower_that_vllm_throws_away_is_its_own(warnings: list[str]) -> None:

@@ -135,7 +135,7 @@ MUTANTS = (
            "unfinished = self.path / name",
            f"{EMBED}::test_killed_anywhere_a_second_run_completes_and_a_third_does_nothing"),
     Mutant("a changed file passes", "fused_vit/archive.py", "if size != record.size:", "if False:",
-           f"{EMBED}::test_new_files_are_added_and_changed_ones_are_refused"),
+           f"{EMBED}::test_new_files_are_added_and_a_changed_one_costs_only_itself"),
     Mutant("encoders mix", "fused_vit/shards.py", 'if "encoder" in differs:', "if False:",
            f"{EMBED}::test_a_folder_of_another_encoder_or_of_other_options_is_refused"),
     Mutant("two runs of one share", "fused_vit/shards.py", "fcntl.flock(lock,", "(lambda *_: None)(lock,",
