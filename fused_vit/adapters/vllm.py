@@ -245,7 +245,7 @@ class FusedTower(nn.Module):
         vit = self._ready()
         pixels = pixel_values.to(self.device)
         if self.input_norm is not None:
-            pixels = self.input_norm(pixels.flatten(1), self.dtype)  # a Kimi's patches come as images
+            pixels = self.input_norm(pixels.flatten(1), self.dtype)  # a Kimi's come as [rows, 3, size, size]
         return _as_vllm(vit(pixels, grid_thw))
 
     def _ready(self) -> FusedViT:

@@ -84,14 +84,14 @@ def test_vllm_finds_the_entry_point() -> None:
 
 def report() -> None:
     """Prints a line of JSON: what came of every family's tower, or why vLLM builds none here."""
-    adapter.DEVICES = ("cuda", "cpu")
-    plugin.register()
     with ExitStack() as stack:
         try:
             stack.enter_context(engine())
         except Exception as error:  # whatever vLLM misses on this machine
             print(json.dumps(repr(error)))
             return
+        adapter.DEVICES = ("cuda", "cpu")
+        plugin.register()
         print(json.dumps({family.name: outcome(family) for family in SERVED}, default=str))
 
 
@@ -118,6 +118,8 @@ def outcome(family: Family) -> dict[str, Any]:
         return {"skip": repr(error)}
     plugin.enable()
     fused = built(family, config)
+    if type(fused) is not adapter.FusedTower:
+        return {"class": type(fused).__name__}
     for tower in (own, fused):
         load(tower, weights_of(family, reference))
     grid = family.grids["mixed"]
@@ -149,7 +151,7 @@ def outcomes() -> dict[str, Any]:
     found = json.loads(done.stdout.strip().splitlines()[-1])
     if isinstance(found, str):
         pytest.skip(f"vLLM builds no model here, without fused_vit: {found}")
-    print(done.stdout)  # vLLM's log, for a test that fails
+    print(done.stdout, done.stderr)  # for a test that fails: the log says why a tower was not replaced
     return dict(found)
 
 

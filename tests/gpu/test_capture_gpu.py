@@ -51,7 +51,8 @@ def test_a_call_within_a_capture_of_ones_own_is_refused(truth: list[torch.Tensor
     """Before anything happens that would end the capture."""
     vit = encoder(buckets=BUCKETS)
     pixels, count, graph = pixels_of(vit, GRID), torch.zeros(1, device=DEVICE), torch.cuda.CUDAGraph()
-    calls = (lambda: vit(pixels, GRID), lambda: vit(pixels, torch.tensor(GRID, device=DEVICE)), vit.warmup)
+    grid = torch.tensor(GRID, device=DEVICE)
+    calls = (lambda: vit(pixels, GRID), lambda: vit(pixels, grid), vit.warmup)
     for _ in range(2):
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
