@@ -50,19 +50,18 @@ def during_capture(at: int, happens: Callable[[], Any]) -> Iterator[list[int]]:
 def test_a_call_within_a_capture_of_ones_own_is_refused(truth: list[torch.Tensor]) -> None:
     """Before anything happens that would end the capture."""
     vit = encoder(buckets=BUCKETS)
-    pixels, count, graph = pixels_of(vit, GRID), torch.zeros(1, device=DEVICE), torch.cuda.CUDAGraph()
-    grid = torch.tensor(GRID, device=DEVICE)
+    pixels, count, grid = pixels_of(vit, GRID), torch.zeros(1, device=DEVICE), torch.tensor(GRID, device=DEVICE)
     calls = (lambda: vit(pixels, GRID), lambda: vit(pixels, grid), vit.warmup)
-    for _ in range(2):
+    for number in (1, 2):  # before and after this encoder's own captures
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
             count += 1
             for call in calls:
                 with pytest.raises(InputError, match="being captured into a CUDA graph; call the encoder before or"):
                     call()
         assert same(flat(vit(pixels, GRID)), truth)
-    graph.replay()
-    assert count.item() == 1
+        graph.replay()
+        assert count.item() == number
 
 
 def refuse() -> None:
