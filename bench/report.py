@@ -14,7 +14,7 @@ from bench.cases import CASES, PEERS
 START, END = "<!-- figures:start -->", "<!-- figures:end -->"
 RESULT, PLOT = "bench/results/encoder.json", "docs/latency.svg"
 # One run each: the page has a table for every machine that there is a result of.
-ARCHIVES = tuple(f"bench/results/{name}.json" for name in ("embed", "embed_two_h100", "embed_two_h200", "embed_four_h200"))
+ARCHIVES = tuple(f"bench/results/embed{which}.json" for which in ("", "_two_h100", "_two_h200", "_four_h200"))
 ARCHIVES_PAGE = "docs/embedding.md"
 ARCHIVES_START, ARCHIVES_END = "<!-- archives:start -->", "<!-- archives:end -->"
 

@@ -16,6 +16,7 @@ import torch
 from .batch import Batch, Pack, Views, make_batch
 from .buckets import Bucket, as_buckets, ladder
 from .calls import FLOATS, Grid, check_dense, flatten_call
+from .devices import device_of
 from .errors import InputError
 from .executor import define, launch
 from .graphs import BucketGraph, capture
@@ -63,28 +64,12 @@ def load(
     """
     checkpoint = Checkpoint.open(path, revision=revision)
     tower, spec = find_tower(checkpoint.config), parse_config(checkpoint.config, projector=projector)
-    place = _device(device)
+    place = device_of(device)
     read, stored = read_tower(checkpoint, tower, spec)
     kept = dtype or (torch.float32 if place.type == "cpu" else stored)
     vit = FusedViT(spec, pack(spec, read, _checked(kept), place), buckets=buckets, max_tokens=max_tokens)
     vit._checkpoint = (path, revision)
     return vit
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:  # a word that is no device
-        raise InputError(f"device is {device!r}; supported: cuda (kernels and graphs), cpu (the definition)") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device is {place}, and torch sees no CUDA device here; take cpu (the definition)")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device is {place}; torch sees {torch.cuda.device_count()} CUDA devices here, from cuda:0 on")
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", torch.cuda.current_device())
-    if place.type not in ("cuda", "cpu"):
-        raise InputError(f"device is {place}; supported: cuda (kernels and graphs), cpu (the definition)")
-    return place
 
 
 def _checked(dtype: torch.dtype) -> torch.dtype:
@@ -164,7 +149,7 @@ class FusedViT:
             spec = replace(spec, hidden_state=True)
         read = read_module(module, tower, spec)
         parameter = next(module.parameters())
-        place = _device(device if device is not None else parameter.device)
+        place = device_of(device if device is not None else parameter.device)
         weights = pack(spec, read, _checked(dtype or parameter.dtype), place)
         return cls(spec, weights, buckets=buckets, max_tokens=max_tokens)
 

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 import fused_vit
 from fused_vit import source
 from fused_vit.buckets import Bucket, as_buckets, choose, ladder
+from fused_vit.devices import device_of
 from fused_vit.encoder import GRIDS
 from fused_vit.errors import InputError
 from fused_vit.executor import define
@@ -123,6 +124,21 @@ def test_a_device_that_is_not_there_is_one_error(tower, device: str) -> None:  #
         pytest.skip("it is there")
     with pytest.raises(ValueError, match=f"device is .*{device}"):
         fused_vit.FusedViT.from_module(tower, device=device)
+
+
+def test_a_gpu_that_the_kernels_do_not_run_on_is_one_error(tower, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    for name, value in (("is_available", True), ("device_count", 2), ("current_device", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: (7, 5))
+    with pytest.raises(InputError, match=r"cuda:1 has compute capability 7\.5; supported: 8\.0 and newer, or cpu"):
+        device_of("cuda")
+    for found in ((8, 0), (8, 9), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place, found=found: found)
+        assert device_of("cuda") == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.version, "hip", "7.2.1")
+    with pytest.raises(InputError, match=r"torch is built for ROCm \(7\.2\.1\); supported: CUDA, or cpu"):
+        fused_vit.FusedViT.from_module(tower, device="cuda:0")
+    assert device_of("cpu").type == "cpu"
 
 
 def test_closing_while_another_calls_leaves_its_result_right(tower, pixels, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..calls import Grid
+from ..devices import check_gpu
 from ..encoder import FusedViT
 from ..errors import CheckpointError, FusedVitError, SpecError
 from ..layouts import Layout, choose_layout
@@ -41,7 +42,7 @@ LISTED = 8
 
 def fuse(tower: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FusedTower | None:
     """The fused tower for a call of vLLM's constructor; None, with one warning why, where vLLM's own must run."""
-    if torch.empty(0).device.type == "meta":
+    if _place().type == "meta":
         return None  # vLLM throws it away: no image can reach it
     try:
         arguments = _arguments(tower, args, kwargs)
@@ -72,12 +73,16 @@ def _arguments(tower: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def _check_engine() -> bool:
-    """Whether weights are to be made up (load format dummy). Raises SpecError where the engine wants what we lack."""
+    """Whether weights are to be made up (load format dummy). Raises FusedVitError where something is wanted we lack."""
     from vllm.config import get_current_vllm_config
     from vllm.distributed import get_tensor_model_parallel_world_size
     from vllm.model_executor.models.vision import is_vit_use_data_parallel
 
-    _check_device(torch.empty(0).device)  # vLLM makes it the default while it builds a model
+    place = _place()
+    if place.type not in DEVICES:
+        raise SpecError(f"it is built on {place}; supported: {', '.join(DEVICES)}")
+    if place.type == "cuda":
+        check_gpu(place)
     config: Any = get_current_vllm_config()
     ranks = get_tensor_model_parallel_world_size()
     if ranks > 1 and not is_vit_use_data_parallel():
@@ -97,16 +102,9 @@ def _check_engine() -> bool:
     return load_format == "dummy"
 
 
-def _check_device(place: torch.device) -> None:
-    """Raises SpecError where the kernels cannot run."""
-    if place.type not in DEVICES:
-        raise SpecError(f"it is built on {place}; supported: {', '.join(DEVICES)}")
-    if torch.version.hip is not None:  # its devices are called cuda as well
-        raise SpecError(f"torch is built for ROCm ({torch.version.hip}); supported: CUDA")
-    if place.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(place)
-        if major < 8:  # no bfloat16, and no table in kernels/config.py
-            raise SpecError(f"{place} has compute capability {major}.{minor}; supported: 8.0 and newer")
+def _place() -> torch.device:
+    """Where vLLM builds: it makes that the default while it does."""
+    return torch.empty(0).device
 
 
 def _check_quantization(quant_config: Any, prefix: str, row: Tower, spec: TowerSpec) -> None:

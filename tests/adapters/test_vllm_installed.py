@@ -27,7 +27,7 @@ from fused_vit.adapters import vllm as adapter
 
 pytest.importorskip("transformers")
 from tests import families
-from tests.adapters.test_vllm_gpu import MOST, ask, load, vllm_config
+from tests.adapters.vllm_models import MOST, ask, load, vllm_config
 from tests.adapters.vllm_towers import SERVED, construct, expected, weights_of
 from tests.families import Family
 from tests.towers_hf import relative
