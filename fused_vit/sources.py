@@ -27,7 +27,7 @@ TAR, PARQUET, LIST = ".tar", ".parquet", ".txt"
 KINDS = IMAGES | VIDEOS | {TAR, PARQUET}
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 NOT_TEXT = "its name is not UTF-8, and results are kept by name; rename it"
-ROWS = 64  # of a Parquet file that are decoded at a time
+ROWS, PIECE = 64, 1 << 26  # of a Parquet file that are decoded at a time: rows, and bytes where rows are large
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +226,14 @@ def _length(parquet: Any, group: int) -> int:
     return length
 
 
+def _row_bytes(parquet: Any, group: int, column: str) -> int:
+    """Of a row of one column, on average, before it was compressed; a struct's fields are columns of the file."""
+    about = parquet.metadata.row_group(group)
+    parts = [about.column(i) for i in range(about.num_columns)]
+    size: int = sum(p.total_uncompressed_size for p in parts if f"{p.path_in_schema}.".startswith(f"{column}."))
+    return size // max(1, int(about.num_rows))
+
+
 def _parquet(path: str) -> Any:
     try:
         import pyarrow as pa
@@ -300,8 +308,9 @@ class _RowGroup:
 
     def _begin(self) -> None:
         path, group, column = self.arguments
-        batches = _parquet(path).iter_batches(ROWS, row_groups=[group], columns=[column])
-        self.batches: Iterator[Any] = iter(batches)
+        parquet = _parquet(path)
+        rows = max(1, min(ROWS, PIECE // max(1, _row_bytes(parquet, group, column))))
+        self.batches: Iterator[Any] = iter(parquet.iter_batches(rows, row_groups=[group], columns=[column]))
         self.first, self.values = 0, None
         self.broken: Exception | None = None
 

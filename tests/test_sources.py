@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fused_vit import images
+from fused_vit import images, sources
 from fused_vit.errors import InputError
 from fused_vit.images import decode_image, read_image
 from fused_vit.sources import Record, find, read, share
@@ -207,6 +207,22 @@ def test_parquet_rows_are_read_alone_and_in_any_order(form: str, tmp_path: Path)
         pq.write_table(pa.table({"image": image}), tmp_path / "a.parquet")
         with pytest.raises(InputError, match=r"a\.parquet#3: no bytes, and its path leads out"):
             read(find([tmp_path / "a.parquet"]).records[3])
+
+
+@pytest.mark.parametrize(("size", "rows"), [(900, 64), (10_000, 6), (100_000, 1)])
+def test_fewer_parquet_rows_are_in_memory_the_larger_they_are(
+    size: int, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(sources, "PIECE", 1 << 16)
+    values = [os.urandom(size) for _ in range(70)]
+    image = pa.array([{"bytes": value} for value in values], pa.struct([("bytes", pa.binary())]))
+    pq.write_table(pa.table({"image": image, "image_large": values}), tmp_path / "a.parquet")
+    records = find([tmp_path / "a.parquet"], "image").records
+    assert [read(record) for record in records] == values
+    group = sources._rows_of(records[0].file, 0, "image")
+    read(records[0])
+    assert len(group.values) == rows
 
 
 def test_the_column_of_images_is_found_or_asked_for(tmp_path: Path) -> None:
