@@ -152,7 +152,6 @@ def encode(
     What was done stays in OUTPUT.parts until all is: after an interruption the same command does the rest.
     """
     from .encoding import Done, Failed, Parts, encode_photos, identity, merge
-    from .images import processor
 
     photographs = {os.path.realpath(image) for image in images}
     for target in [output] if pca is None else [output, pca]:
@@ -164,11 +163,10 @@ def encode(
             raise InputError(f"{target}: is one of the photographs; give another name")
     _check_opens(output)
     vit = load(checkpoint, device=device, dtype=_torch(dtype), revision=revision)
-    prepare = processor(vit.spec, checkpoint, revision=revision)
-    parts = Parts(output.with_name(f"{output.name}.parts"), identity(vit, prepare), pca is not None)
+    parts = Parts(output.with_name(f"{output.name}.parts"), identity(vit, vit.processor), pca is not None)
     with parts.locked():
         with Progress(console=Console(stderr=True)) as progress:
-            rows = encode_photos(vit, prepare, progress.track(images, description="encoding"), parts)
+            rows = encode_photos(vit, vit.processor, progress.track(images, description="encoding"), parts)
         done, failed = [row for row in rows if isinstance(row, Done)], [row for row in rows if isinstance(row, Failed)]
         if done:
             maps = merge(done, output, {"fused_vit": __version__, "checkpoint": checkpoint})

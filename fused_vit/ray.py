@@ -9,7 +9,6 @@ import torch
 
 from .embedding import Embedder, Failed
 from .encoder import load
-from .images import processor
 from .preparing import Preparer, Workers, default_workers
 
 
@@ -40,8 +39,7 @@ class Encoder:
         """
         self.column, self.pool = column, pool
         self.vit = load(checkpoint, device=device, dtype=dtype, max_tokens=max_tokens, revision=revision)
-        found = processor(self.vit.spec, checkpoint, revision=revision)
-        prepare = Preparer(self.vit.spec, found, dtype=self.vit.dtype)
+        prepare = Preparer(self.vit.spec, self.vit.processor, dtype=self.vit.dtype)
         self.embedder = Embedder(self.vit, prepare.normalisation, pool=pool, batch_tokens=batch_tokens)
         self.embedder.for_bytes.warmup()
         self.workers = Workers(prepare, workers or default_workers(), threads=True)
