@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -75,21 +75,31 @@ class Parts:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """For one run at a time: the first to end removes parts that another counts on. Raises InputError."""
-        self.folder.mkdir(exist_ok=True)
-        path = self.folder / LOCK
-        with open(path, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"{self.folder}: another run is encoding to the same file; wait for it, or choose another with -o"
-                ) from None
+        with self._lock():
             try:
                 yield
             finally:
                 with suppress(OSError):
-                    path.unlink()
+                    (self.folder / LOCK).unlink()
                     self.folder.rmdir()
+
+    def _lock(self) -> IO[str]:
+        while True:  # a run that ends in this moment removes the folder, or the file that was just opened
+            self.folder.mkdir(exist_ok=True)
+            try:
+                lock = open(self.folder / LOCK, "w")  # noqa: SIM115 - held by the caller
+            except FileNotFoundError:
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                raise InputError(
+                    f"{self.folder}: another run is encoding to the same file; wait for it, or choose another with -o"
+                ) from None
+            if os.fstat(lock.fileno()).st_nlink:
+                return lock
+            lock.close()
 
     def write(self, part: Path, tensors: dict[str, torch.Tensor]) -> None:
         """Whole or not at all: a run may be killed at any moment."""

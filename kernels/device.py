@@ -104,7 +104,7 @@ def normalise(y, rstd, shift, colsum, bias):
 
 @triton.jit
 def gelu(x):
-    """x Phi(x) = max(x, 0) - |x| Phi(-|x|), to 1e-7 for |x| < 1 and 1e-7 of x beyond, as 0.5 x (1 + erf(x / sqrt(2))).
+    """x Phi(x) = max(x, 0) - |x| Phi(-|x|), to 1.5e-7 of max(1, |x|), where 0.5 x (1 + erf(x / sqrt(2))) is.
 
     log2(Phi(-t)) is smooth: a polynomial of degree 7, fitted to t Phi(-t) on [0, 5.5]. libdevice's erf has a branch.
     """
