@@ -160,14 +160,24 @@ def archive(report: dict[str, Any], source: str) -> str:
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for name, row in report["cases"].items():
         cells = [_rate(row["ours"], count, row["error"]) for count in counts]
-        cells += [f"{_ways(row)[kind]['images_s']:.0f}" if kind in _ways(row) else "" for kind in kinds]
+        theirs = f" ({row['their_error']:.1e})"
+        cells += [f"{_ways(row)[kind]['images_s']:.0f}{theirs}" if kind in _ways(row) else "" for kind in kinds]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name, row in report["cases"].items():
+        if "rows, not pooled" in row:
+            whole = {counts[0]: row["rows, not pooled"]}
+            cells = [_rate(whole, counts[0], row["error"]).partition(" ")[0], *[""] * (len(heads) - 2)]
+            lines.append(f"| {name}, every row kept | {' | '.join(cells)} |")
     stages = list(next(iter(next(iter(report["cases"].values()))["ours"].values()))["ms_an_image"])
     lines += ["", f"| ms an image | {' | '.join(stages)} | |", "|" + "---|" * (len(stages) + 2)]
     for name, row in report["cases"].items():
         for count, one in row["ours"].items():
             costs = " | ".join(f"{one['ms_an_image'][stage]:.2f}" for stage in stages)
             lines.append(f"| {name}, {count} GPU{'s' if count != '1' else ''} | {costs} | {one['bound'][0]} |")
+        if "rows, not pooled" in row:
+            one = row["rows, not pooled"]
+            costs = " | ".join(f"{one['ms_an_image'][stage]:.2f}" for stage in stages)
+            lines.append(f"| {name}, every row kept, {counts[0]} GPU | {costs} | {one['bound'][0]} |")
     about = (
         f"{report['what']}; {environment['device']}, {environment['cores']} cores, torch {environment['torch']} "
         f"(`{source}`, commit {environment['commit'][:7]}). From the first prepared image to the last shard on disk; "

@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cpus", type=int, default=4, help="of an actor, to decode on")
     given = parser.parse_args(argv)
     found = embedded(given.source, given.checkpoint, encoders=given.encoders, gpus=given.gpus, cpus=given.cpus)
-    found.write_parquet(given.vectors)
-    rows = ray.data.read_parquet(given.vectors, columns=["path", "error"])
-    failed = rows.filter(expr="error != ''").take_all()
+    found.write_parquet(given.vectors, mode=ray.data.SaveMode.ERROR)  # or a second run would add every row again
+    rows = ray.data.read_parquet(given.vectors).select_columns(["path", "error"])
+    failed = rows.filter(lambda row: row["error"] != "").take_all()
     print(f"{rows.count()} images in {given.vectors}, {len(failed)} failed")
     for row in failed[:10]:
         print(f"failed: {row['path']}: {row['error']}")

@@ -83,6 +83,8 @@ def run(job: Job, tell: Tell, vit: FusedViT | None = None) -> State:
     """
     if job.kind not in FORMATS:
         raise InputError(f"format is {job.kind!r}; expected one of {', '.join(FORMATS)}")
+    if job.workers is not None and job.workers < 0:
+        raise InputError(f"workers is {job.workers}; expected 0, a thread of this process, or more")
     if job.kind == "parquet":
         _need_pyarrow()
     listing = find(job.sources, job.column, without=job.output)
@@ -94,13 +96,16 @@ def run(job: Job, tell: Tell, vit: FusedViT | None = None) -> State:
     )  # fmt: skip
     listing, prepare = _prepared(job, vit, listing)
     store = storage(job.store, job.kind, job.pool is not None, vit.dtype)
-    with Folder(job.output, _about(job, vit, prepare, store), part=job.part, kind=job.kind) as folder:
+    about = _about(job, vit, prepare, store)
+    with Folder(job.output, about, part=job.part, parts=job.parts, kind=job.kind) as folder:
         state = State(job.part, ignored=len(listing.ignored), backend=f"{vit.backend} on {vit.device}")
         left = _left(job, listing, folder, state)
         tell(state)
         if left or state.failed:
-            _embed(job, vit, prepare, left, _Writer(folder, store, job.shard_images), state, tell)
-            folder.report(_report(job, state))
+            try:
+                _embed(job, vit, prepare, left, _Writer(folder, store, job.shard_images), state, tell)
+            finally:  # of a run that is interrupted, too
+                folder.report(_report(job, state))
         elif folder.reported().get("failed"):  # what failed is gone, or another share did it
             folder.report(_report(job, state))
         if job.part == 0:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch.masked import MaskedTensor
 
 from .errors import InputError
 from .spec import TowerSpec
@@ -18,6 +17,7 @@ Grid = torch.Tensor | Sequence[Sequence[int]]
 INTEGERS = frozenset({
     torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
 })  # fmt: skip
+DISPATCH = torch.Tensor.__torch_dispatch__
 FLOATS = frozenset({
     torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
 })  # fmt: skip
@@ -51,9 +51,10 @@ def call_of(batch: Any) -> tuple[Any, Any]:
 
 def check_dense(name: str, tensor: torch.Tensor) -> None:
     """A tensor whose numbers lie in memory. Raises InputError."""
-    masked = isinstance(tensor, MaskedTensor)
-    if masked or tensor.is_nested or tensor.is_meta or tensor.layout is not torch.strided:
-        kind = "masked" if masked else "nested" if tensor.is_nested else "on meta" if tensor.is_meta else tensor.layout
+    wrapped = type(tensor).__torch_dispatch__ is not DISPATCH  # masked, fake, distributed: no memory of its own
+    if wrapped or tensor.is_nested or tensor.is_meta or tensor.layout is not torch.strided:
+        what = type(tensor).__name__ if wrapped else tensor.layout
+        kind = "nested" if tensor.is_nested else "on meta" if tensor.is_meta and not wrapped else what
         raise InputError(f"{name} is {kind}; expected a dense tensor with values")
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     reach = tensor.numel() if tensor.is_contiguous() else 1 + sum((n - 1) * step for n, step in steps)

@@ -26,7 +26,7 @@ from .errors import FusedVitError, InputError
 from .layouts import choose_layout
 from .packing import items
 from .plan import Plan, build_plan, cost
-from .sources import is_text
+from .sources import is_text, shown
 from .spec import TowerSpec
 from .towers import find_tower, parse_config
 from .weights.checkpoint import Checkpoint, TowerTensors
@@ -46,7 +46,7 @@ class OneLineErrors(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except (FusedVitError, OSError, ImportError, torch.OutOfMemoryError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {shown(' '.join(str(error).split()))}", file=sys.stderr)
             raise typer.Exit(1) from None
         except MemoryError:  # says nothing itself
             print("error: not enough memory on this host; give fewer or smaller images at once", file=sys.stderr)
@@ -153,6 +153,8 @@ def encode(
     """
     from .encoding import Done, Failed, Parts, encode_photos, identity, merge
 
+    if pca is not None and os.path.realpath(output) == os.path.realpath(pca):
+        raise InputError(f"{output}: is the name of both, features and picture; give another with -o or --pca")
     photographs = {os.path.realpath(image) for image in images}
     for target in [output] if pca is None else [output, pca]:
         if not target.parent.is_dir():
@@ -171,13 +173,13 @@ def encode(
         if done:
             maps = merge(done, output, {"fused_vit": __version__, "checkpoint": checkpoint})
             text = f"{len(done)} images to {output} ({vit.backend} on {vit.device})"
-            out.print(text, highlight=False, soft_wrap=True)
+            out.print(text, highlight=False, soft_wrap=True, markup=False)
             if pca is not None:
                 _draw([row.photo for row in done], maps, pca, output)
         if not failed:
             parts.remove()
     for bad in failed:
-        out.print(f"failed: {bad.photo}: {bad.reason}", highlight=False, soft_wrap=True, markup=False)
+        out.print(shown(f"failed: {bad.photo}: {bad.reason}"), highlight=False, soft_wrap=True, markup=False)
     if failed:
         raise InputError(
             f"{len(failed)} of {len(images)} images failed, the first {failed[0].photo}: {failed[0].reason} "
@@ -195,7 +197,7 @@ def _draw(photos: list[Path], maps: list[torch.Tensor], pca: Path, output: Path)
         raise InputError(f"{pca}: {error}; the features are in {output}") from error
     except ValueError as error:  # pillow's word for an unknown suffix
         raise InputError(f"{pca}: {error}; take .png") from error
-    out.print(f"picture: {pca}", highlight=False, soft_wrap=True)
+    out.print(f"picture: {pca}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _check_opens(output: Path) -> None:
@@ -268,8 +270,12 @@ def embed(
         column, fps, frames, shard_images, place[1] if place else 1,
     )  # fmt: skip
     ended_as_by_ctrl_c()
-    with EmbedProgress() as bar:
-        states = [run(job, bar.tell)] if devices is None else run_on(job, devices_of(devices), bar.tell)
+    try:
+        with EmbedProgress() as bar:
+            states = [run(job, bar.tell)] if devices is None else run_on(job, devices_of(devices), bar.tell)
+    except KeyboardInterrupt:
+        print(f"interrupted: what was done is in {output}; the same command does the rest", file=sys.stderr)
+        raise
     done, failures = sum(state.done for state in states), sum(state.failures for state in states)
     before, seconds = sum(state.before for state in states), max(state.seconds for state in states)
     rate = f", {done / seconds:.1f} images/s" if done else ""
@@ -283,7 +289,7 @@ def embed(
             out.print(name + state.times.bound(), highlight=False, soft_wrap=True, markup=False)
     failed = [bad for state in states for bad in state.failed]
     for bad in failed[:SHOWN]:
-        out.print(f"failed: {bad.key}: {bad.reason}", highlight=False, soft_wrap=True, markup=False)
+        out.print(shown(f"failed: {bad.key}: {bad.reason}"), highlight=False, soft_wrap=True, markup=False)
     if failed:
         text = (
             f"{len(failed)} images failed, the first {failed[0].key}: {failed[0].reason} "

@@ -13,8 +13,8 @@ SUPPORTED = "supported: cuda (kernels and graphs), cpu (the definition)"
 def device_of(device: torch.device | str | None) -> torch.device:
     """The device meant, with its index; by default the current GPU, the CPU where there is none. Raises InputError."""
     try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:  # a word that is no device
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    except (RuntimeError, TypeError) as error:  # a word that is no device, or no word
         raise InputError(f"device is {device!r}; {SUPPORTED}") from error
     if place.type not in ("cuda", "cpu"):
         raise InputError(f"device is {place}; {SUPPORTED}")

@@ -39,6 +39,9 @@ class Tower(Protocol):
     dtype: torch.dtype
     buckets: tuple[Bucket, ...]
 
+    @property
+    def embedding_width(self) -> int: ...
+
     def for_bytes(self, mean: tuple[float, ...], std: tuple[float, ...]) -> Tower: ...
 
     def warmup(self) -> Any: ...
@@ -88,7 +91,7 @@ class Times:
 
     def shares(self) -> dict[str, float]:
         """How much of the run each stage was busy; 1 is all of it."""
-        wall = max(self.wall, 1e-9)
+        wall = max(self.wall, 1e-9) if self.images else float("inf")  # which starts with the first image
         seconds = {
             "decode": self.decode / self.workers, "preprocess": self.prepare / self.workers, "copy": self.copy,
             "encode": self.encode, "write": self.write,
@@ -97,6 +100,8 @@ class Times:
 
     def bound(self) -> str:
         """What bounded the run, in one sentence."""
+        if not self.images:
+            return "nothing was encoded"
         shares = self.shares()
         workers = shares["decode"] + shares["preprocess"]
         listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())

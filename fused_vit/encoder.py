@@ -68,7 +68,7 @@ def load(
     read, stored = read_tower(checkpoint, tower, spec)
     kept = dtype or (torch.float32 if place.type == "cpu" else stored)
     vit = FusedViT(spec, pack(spec, read, _checked(kept), place), buckets=buckets, max_tokens=max_tokens)
-    vit._checkpoint = (path, revision)
+    vit._checkpoint = checkpoint.place
     return vit
 
 
@@ -121,7 +121,7 @@ class FusedViT:
         self._asked: Counter[Bucket] = Counter()  # rows
         self._warned = False
         self._for_bytes: dict[Normalisation, FusedViT] = {}
-        self._checkpoint: tuple[str | Path, str | None] | None = None  # with its revision, where `load` read one
+        self._checkpoint: tuple[str, str | None] | None = None  # with its commit, where `load` read one
         tile = self.tile if self.device.type == "cuda" else None
         self._batch = lru_cache(GRIDS)(partial(make_batch, spec, self.buckets, tile))
         with self._turns.take():
@@ -168,6 +168,14 @@ class FusedViT:
         return sum(w.slab.numel() for w in (self._workspace, self._oversize) if w is not None)
 
     @property
+    def embedding_width(self) -> int:
+        """Of merged rows, or of the last block's where a tower merges none: what `encode` gives."""
+        last_hidden, pooled, *_ = self._outputs
+        read = pooled or last_hidden
+        assert read is not None, "every tower has a last_hidden_state"
+        return int(read.shape[1])
+
+    @property
     def predicted_bytes(self) -> int:
         """Of the workspace, known before it is made: `workspace_bytes` after `warmup`. A CPU needs none."""
         if self.device.type == "cpu":
@@ -176,9 +184,9 @@ class FusedViT:
 
     @cached_property
     def processor(self) -> Any:
-        """The image processor of the checkpoint that `load` read.
+        """The image processor of the checkpoint that `load` read; Qwen3-VL's where it describes none.
 
-        Raises InputError of an encoder from a module; CheckpointError where the checkpoint has none.
+        Raises InputError of an encoder from a module; CheckpointError as `images.processor` does.
         """
         if self._checkpoint is None:
             raise InputError(
@@ -229,10 +237,14 @@ class FusedViT:
 
     # --- running ---
 
-    def warmup(self) -> FusedViT:
+    def warmup(self, *, photographs: bool = False) -> FusedViT:
         """Compile every kernel and capture every bucket, the largest first. After it, a call compiles nothing.
 
         But for a call with a segment larger than any bucket, whose size may want other forms of the matmuls.
+
+        Args:
+            photographs: the tower for bytes too, in which `encode`, `stream` and `encode_images` run those that the
+                loaded checkpoint's processor only resizes, cuts and normalises.
         """
         self._check_usable()
         if self.device.type == "cuda":
@@ -240,6 +252,8 @@ class FusedViT:
                 self._check_usable()  # it may have been closed while others had their turn
                 for bucket in reversed(self.buckets):
                     self._graph(bucket)
+        if photographs:
+            self.for_bytes(*normalisation(self.processor, self.spec.patch.channels)).warmup()
         return self
 
     def __call__(self, pixel_values: torch.Tensor, grid_thw: Grid | None = None) -> VisionOutput:
@@ -311,6 +325,7 @@ class FusedViT:
             InputError: (a ValueError) of numbers that are not finite, of a std that is not above 0.
         """
         self._check_usable()
+        mean, std = tuple(mean), tuple(std)
         found = self._for_bytes.get((mean, std))
         if found is not None and found.weights:
             return found
@@ -517,5 +532,5 @@ class FusedViT:
             self._workspace = self._oversize = None
 
     def __del__(self) -> None:
-        if not self._turns.forked():
+        if hasattr(self, "_turns") and not self._turns.forked():  # it may have been refused half made
             self._turns.wait()

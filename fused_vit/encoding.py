@@ -19,7 +19,6 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from . import __version__
 from .calls import call_of, flatten_call
@@ -27,6 +26,7 @@ from .encoder import FusedViT
 from .errors import InputError
 from .images import check_file, read_image
 from .pca import colours, raster
+from .shards import save
 from .sources import NOT_TEXT, is_text
 from .spec import TowerSpec
 
@@ -34,7 +34,8 @@ from .spec import TowerSpec
 # photograph, so that no photograph's name can be taken for another tensor's.
 ROWS, GRID, COLOURS = "rows", "grid_thw", "colours"
 RESERVED = "__metadata__"  # by safetensors: no tensor can be called so
-LOCK = "_lock"
+LOCK, MERGED = "_lock", "_merged"
+ATTEMPTS = 100  # to lock a folder that others remove
 _PART = re.compile(r"[0-9a-f]{32}\.(safetensors|tmp)")  # what `Parts` calls its files
 
 
@@ -84,27 +85,28 @@ class Parts:
                     self.folder.rmdir()
 
     def _lock(self) -> IO[str]:
-        while True:  # a run that ends in this moment removes the folder, or the file that was just opened
-            self.folder.mkdir(exist_ok=True)
-            try:
-                lock = open(self.folder / LOCK, "w")  # noqa: SIM115 - held by the caller
-            except FileNotFoundError:
-                continue
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        path = self.folder / LOCK
+        for _ in range(ATTEMPTS):
+            with suppress(FileNotFoundError, FileExistsError):  # a run that ends in this moment removes both
+                self.folder.mkdir(exist_ok=True)
+                lock = os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666), "w")
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                        return lock
+                except BlockingIOError:
+                    lock.close()
+                    raise InputError(
+                        f"{self.folder}: another run is encoding to the same file; wait for it, or choose another "
+                        "with -o"
+                    ) from None
                 lock.close()
-                raise InputError(
-                    f"{self.folder}: another run is encoding to the same file; wait for it, or choose another with -o"
-                ) from None
-            if os.fstat(lock.fileno()).st_nlink:
-                return lock
-            lock.close()
+        raise InputError(f"{self.folder}: cannot be locked; remove what is there, or choose another file with -o")
 
     def write(self, part: Path, tensors: dict[str, torch.Tensor]) -> None:
         """Whole or not at all: a run may be killed at any moment."""
         unfinished = part.with_suffix(".tmp")
-        save_file(tensors, unfinished)
+        save(tensors, unfinished)
         os.replace(unfinished, part)
 
     def remove(self) -> None:
@@ -205,7 +207,7 @@ def merge(rows: Sequence[Done], output: Path, metadata: dict[str, str]) -> list[
         if COLOURS in part:
             pictures.append(part.pop(COLOURS))
         tensors |= {_name(row.photo, key): tensor for key, tensor in part.items()}
-    unfinished = output.with_name(f"{output.name}.tmp")
-    save_file(tensors, unfinished, metadata=metadata)
+    unfinished = rows[0].part.with_name(MERGED)  # a name beside the output might be a photograph's
+    save(tensors, unfinished, metadata)
     os.replace(unfinished, output)
     return pictures

@@ -13,7 +13,9 @@ from .preparing import Preparer, Workers, default_workers
 
 
 class Encoder:
-    """`dataset.map_batches(Encoder, fn_constructor_kwargs={"checkpoint": ...}, batch_size=256, num_gpus=1)`.
+    """An actor class of `dataset.map_batches`, with as many threads as it is given CPUs.
+
+    `map_batches(Encoder, fn_constructor_kwargs={"checkpoint": ..., "workers": 4}, num_cpus=4, num_gpus=1, ...)`
 
     A batch's column of images (files' bytes, or arrays [height, width, 3]) becomes, beside its other columns:
     embedding, float32 [out] or with pool=None float32 [rows, out]; rows; and error, "" where there was none. An image
@@ -33,7 +35,8 @@ class Encoder:
         workers: int | None = None,
         revision: str | None = None,
     ) -> None:
-        """column: of the images; it is left out of the result. workers: threads that prepare, as many as num_cpus.
+        """column: of the images; it is left out of the result. workers: threads that prepare, of as many as num_cpus;
+        default the cores of the node less one.
 
         device, dtype, max_tokens, revision: as for fused_vit.load. Ray shows an actor the GPUs that are its own only.
         """
@@ -54,10 +57,7 @@ class Encoder:
                 errors[one.number] = one.reason
             else:
                 embeddings[one.number], rows[one.number] = one.embedding.float().numpy(), one.rows
-        last_hidden, pooled, *_ = self.vit.plan().output_buffers()
-        read = pooled or last_hidden
-        assert read is not None, "every tower has a last_hidden_state"
-        width = int(read.shape[1])  # also of a batch in which every image failed
+        width = self.vit.embedding_width  # also of a batch in which every image failed
         absent = np.full(width, np.nan, np.float32) if self.pool else np.empty((0, width), np.float32)
         column = _column([absent if e is None else e for e in embeddings], one_shape=self.pool is not None)
         kept = {name: values for name, values in batch.items() if name != self.column}

@@ -13,6 +13,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -45,6 +46,14 @@ class Row:
     embedding: torch.Tensor
 
 
+def save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """As safetensors. Raises OSError where the file cannot be written; the library has an error of its own."""
+    try:
+        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
+
+
 def is_result(path: str) -> bool:
     """Whether a file is of a folder of results, so that the next run takes it for no source."""
     folder, name = os.path.split(path)
@@ -55,19 +64,20 @@ def is_result(path: str) -> bool:
 class Folder:
     """An output folder, locked for one part of the work as long as this is open.
 
-    Raises InputError where it holds other results, or another run writes this part.
+    Raises InputError where it holds other results, or another run writes this part or cuts the work into other parts.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any], *, part: int, kind: str) -> None:
-        """about: everything that the results depend on. part: which share of the work; its shards are named by it."""
+    def __init__(self, path: Path, about: Mapping[str, Any], *, part: int, kind: str, parts: int = 1) -> None:
+        """about: everything that the results depend on. part of parts: the share, which names its shards."""
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path}: is no folder; choose another with -o")
         path.mkdir(parents=True, exist_ok=True)
-        self.path, self.part, self.kind, self.about = path, part, kind, dict(about)
-        self._lock = self._locked()
-        try:
+        self.path, self.part, self.parts, self.kind, self.about = path, part, parts, kind, dict(about)
+        with ExitStack() as locks:
+            locks.enter_context(self._shared())
+            locks.enter_context(self._locked())
             self._check()
-        except BaseException:
-            self._lock.close()
-            raise
+            self._locks = locks.pop_all()
         for left in path.glob(f"_part-{part:05d}-*.tmp"):  # of a run that was killed
             left.unlink()
         taken = [int(m[2]) for m in map(_NAME.fullmatch, os.listdir(path)) if m and int(m[1]) == part]
@@ -77,7 +87,26 @@ class Folder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        self._locks.close()
+
+    def _shared(self) -> IO[str]:
+        """Held by every run that cuts the work into as many parts. Others would do images of this one's again."""
+        mine = self.path / f"_lock-of-{self.parts:05d}"
+        lock = open(mine, "w")  # noqa: SIM115 - held as long as the folder
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        for path in self.path.glob("_lock-of-*"):
+            if path == mine:
+                continue
+            with open(path, "w") as other:
+                try:
+                    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    lock.close()
+                    raise InputError(
+                        f"{self.path}: another run, of {int(path.name[9:])} shares, is writing to it, and this one is "
+                        f"of {self.parts}: wait for it, or give both the same n in --shard i/n"
+                    ) from None
+        return lock
 
     def _locked(self) -> IO[str]:
         lock = open(self.path / f"_lock-{self.part:05d}", "w")  # noqa: SIM115 - held as long as the folder
@@ -211,7 +240,7 @@ def _safetensors(path: Path, rows: Sequence[Row], metadata: dict[str, str]) -> N
         "rows": torch.tensor([row.rows for row in rows]),
         "grid_thw": torch.tensor([row.grid for row in rows]),
     }
-    save_file(tensors, path, metadata | {"keys": json.dumps([row.key for row in rows])})
+    save(tensors, path, metadata | {"keys": json.dumps([row.key for row in rows])})
 
 
 def _parquet(file: IO[bytes], rows: Sequence[Row], metadata: dict[str, str]) -> None:

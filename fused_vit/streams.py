@@ -58,8 +58,11 @@ def encode(
         results = [_numpy(result) for result in results]
     if single:
         return results[0]
-    if pool is None or not results:
+    if pool is None:
         return results
+    if not results:
+        empty = torch.empty(0, vit.embedding_width)
+        return empty.numpy() if convert_to_numpy else empty
     if convert_to_numpy:
         import numpy as np
 
@@ -93,8 +96,11 @@ async def stream(
     workers: int | None = None,
 ) -> AsyncIterator[tuple[int, torch.Tensor | InputError]]:
     """See FusedViT.stream."""
-    prepare = _preparer(vit, processor)
-    embedder = Embedder(vit, prepare.normalisation, pool=pool, batch_tokens=batch_tokens)
+    # In a thread: imports and the tower for bytes take seconds, and the loop is a server's.
+    prepare = await asyncio.to_thread(_preparer, vit, processor)
+    embedder = await asyncio.to_thread(
+        lambda: Embedder(vit, prepare.normalisation, pool=pool, batch_tokens=batch_tokens)
+    )
     count = workers or default_workers()
     loop = asyncio.get_running_loop()
     ready: queue.SimpleQueue[Prepared | BaseException | None] = queue.SimpleQueue()  # None: no more will come

@@ -574,7 +574,7 @@ def test_a_rate_is_over_the_time_of_all_processes_and_no_failure_has_one() -> No
     from bench import embed
 
     def done(began: float, ended: float, failures: int = 0) -> embed.Done:
-        times = Times(wall=ended - began, workers=4, decode=8, prepare=12, encode=3, copy=1, start=2, patches=700)
+        times = Times(wall=ended - began, workers=4, decode=8, prepare=12, encode=3, copy=1, start=2, images=100)
         return embed.Done(State(0, done=100, failures=failures, times=times), began, ended)
 
     found = embed.summary([done(10, 20), done(12, 25)])
@@ -597,16 +597,17 @@ def test_the_table_of_archives_has_rates_and_what_an_image_costs() -> None:
         return {"images_s": rate, "ms_an_image": {"decode": 1.5, "encode": 0.4}, "bound": ["bounded by encode; busy"]}
 
     theirs = {"loop": {"images_s": 20.0}, "workers": {"images_s": None}, "processor": "Fast"}
-    row = {"ours": {"1": one(1000), "2": one(1950)}, "error": 0.01, "theirs": theirs}
+    row = {"ours": {"1": one(1000), "2": one(1950)}, "error": 0.01, "their_error": 0.02, "theirs": theirs}
     environment = {"device": "a GPU", "cores": 32, "torch": "2.11", "commit": "0123456789"}
     found = {"what": "JPEG files", "environment": environment, "start_seconds": 30.2, "warm_seconds": 20.0,
-             "cases": {"224²": row, "448²": row | {"theirs": {}}}}  # fmt: skip
+             "cases": {"224²": row, "448²": row | {"theirs": {}, "rows, not pooled": one(300)}}}  # fmt: skip
     text = report.archive(found, "bench/results/embed.json")
     assert (
-        "| 224² | 1000 (1.0e-02) | 1950 (1.95x) | 20 |" in text
+        "| 224² | 1000 (1.0e-02) | 1950 (1.95x) | 20 (2.0e-02) |" in text
         and "| 448² | 1000 (1.0e-02) | 1950 (1.95x) |  |" in text
     )
     assert "| 224², 2 GPUs | 1.50 | 0.40 | bounded by encode; busy |" in text and "takes 30 s before that" in text
+    assert "| 448², every row kept | 300 |  |  |" in text and "| 448², every row kept, 1 GPU | 1.50 |" in text
     assert "workers |" not in text, "what has no rate has no column"
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from torch.masked import masked_tensor
 
 import fused_vit
@@ -55,6 +56,8 @@ with warnings.catch_warnings():  # of torch, that it will have neither for ever
     QUANTIZED = torch.quantize_per_tensor(X, 0.1, 0, torch.qint8)
     QUANTIZED_GRID = torch.quantize_per_tensor(G.float(), 1.0, 0, torch.qint8)
     MASKED, MASKED_GRID = masked_tensor(X, X == 0), masked_tensor(G, G > 0)
+with FakeTensorMode():
+    FAKE, FAKE_GRID = torch.zeros(ROWS, FEATURES), torch.zeros(1, 3, dtype=torch.int64)
 FREED, CUT = X.clone(), X.clone()
 FREED.untyped_storage().resize_(0)  # as sharded training does with parameters
 CUT.untyped_storage().resize_(ROWS * FEATURES * 4 - 1)
@@ -89,7 +92,8 @@ BAD_PIXELS: dict[str, tuple[Any, str]] = {
     "complex": (X.to(torch.complex64), "complex64"),
     "four bits": (torch.zeros(ROWS, FEATURES // 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "float4"),
     "quantized": (QUANTIZED, "qint8"),
-    "masked": (MASKED, "masked"),
+    "masked": (MASKED, "MaskedTensor"),
+    "fake": (FAKE, "FakeTensor"),
     "on meta": (X.to("meta"), "meta"),
     "sparse": (X.to_sparse(), "sparse"),
     "sparse columns": (X.to_sparse(1), "sparse"),
@@ -123,7 +127,8 @@ BAD_GRIDS: dict[str, tuple[Any, str]] = {
     "quantized": (QUANTIZED_GRID, "qint8"),
     "seven bits": (G.to(torch.uint8).view(torch.uint7), "uint7"),
     "bits": (G.to(torch.uint8).view(torch.bits8), "bits8"),
-    "masked": (MASKED_GRID, "masked"),
+    "masked": (MASKED_GRID, "MaskedTensor"),
+    "fake": (FAKE_GRID, "FakeTensor"),
     "a million words": ([["x"] * 10**6], r"^.{,200}$"),
     "fractions": ([[1.0, 4.5, 6.0]], "integers"),
     "not a number": ([[1.0, float("nan"), 6.0]], "integers"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from fused_vit import pca
 from fused_vit.cli import app
+from fused_vit.errors import InputError
 
 transformers = pytest.importorskip("transformers")
 Image = pytest.importorskip("PIL.Image")
@@ -283,6 +287,70 @@ def test_two_runs_to_one_file_are_refused(checkpoint: Path, photos: list[Path], 
     with Parts(tmp_path / "out.safetensors.parts", "another run's", False).locked():
         assert "another run is encoding to the same file" in error(run(*line))
     assert list(tmp_path.iterdir()) == [] and run(*line).exit_code == 0
+
+
+def test_a_run_that_ends_in_this_moment_does_not_matter(tmp_path: Path) -> None:
+    """The folder and the lock come and go while others try: only one is ever in, and nobody sees an error of files."""
+    from fused_vit.encoding import Parts
+
+    parts, inside, seen = Parts(tmp_path / "o.parts", "", False), [], []
+
+    def turns(_: int) -> None:
+        for _ in range(300):
+            with contextlib.suppress(InputError), parts.locked():
+                inside.append(1)
+                seen.append(len(inside))
+                inside.pop()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(turns, range(4)))
+    assert set(seen) == {1} and not (tmp_path / "o.parts").exists()
+
+
+@pytest.mark.parametrize("there", ["a file", "a link to nowhere"])
+def test_a_lock_that_cannot_be_made_is_one_error(there: str, tmp_path: Path) -> None:
+    from fused_vit.encoding import LOCK, Parts
+
+    folder = tmp_path / "o.parts"
+    if there == "a file":
+        folder.write_bytes(b"")
+    else:
+        folder.mkdir()
+        (folder / LOCK).symlink_to(tmp_path / "nowhere")
+    with pytest.raises((InputError, OSError)), Parts(folder, "", False).locked():
+        pass
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_no_photograph_and_no_features_are_written_over(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:
+    photo = tmp_path / "o.safetensors.tmp"
+    photo.write_bytes(photos[0].read_bytes())
+    common = ("--checkpoint", checkpoint, "--device", "cpu", "-o")
+    assert run("encode", photo, *common, tmp_path / "o.safetensors").exit_code == 0
+    assert photo.read_bytes() == photos[0].read_bytes() and f"{photo}" in load_file(tmp_path / "o.safetensors")
+    same = tmp_path / "same.png"
+    assert "is the name of both" in error(run("encode", photo, *common, same, "--pca", same)) and not same.exists()
+
+
+def test_odd_names_are_printed_as_they_are_and_nothing_of_them_is_obeyed(
+    checkpoint: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "m[").mkdir()
+    out = tmp_path / "m[" / "b].safetensors"
+    bad = tmp_path / "\x1b[2J\nERROR.png"
+    bad.write_bytes(b"no image")
+    result = run("encode", photos[0], bad, "--checkpoint", checkpoint, "--device", "cpu", "-o", out)
+    assert f"1 images to {out} " in result.stdout and out.exists()
+    assert "\x1b" not in result.output and r"\x1b[2J\nERROR.png" in result.stdout and "\nERROR" not in result.output
+
+
+def test_a_full_disk_is_one_line(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "fused_vit.cli", "encode", str(photos[0]), "--checkpoint", str(checkpoint)]
+    command = shlex.join([*line, "--device", "cpu", "-o", str(tmp_path / "o.safetensors")])
+    script = f"trap '' XFSZ; ulimit -f 1; exec {command}"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "cannot be written" in done.stderr.splitlines()[-1]
 
 
 def test_files_beside_the_parts_stay(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:

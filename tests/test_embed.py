@@ -430,6 +430,27 @@ def test_results_below_a_source_are_no_source(checkpoint: Path, tmp_path: Path) 
         assert (state.failures, state.total) == (0, 2) and state.ignored, "the first run's shards are no source"
 
 
+def test_runs_that_cut_the_work_otherwise_are_refused_while_one_writes(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    """Or both would do some images, and the folder hold them twice."""
+    embed(photos, checkpoint, tmp_path, part=0, parts=2)
+    about = json.loads((tmp_path / "_manifest.json").read_text())
+    with Folder(tmp_path, about, part=0, parts=2, kind="safetensors"):
+        with pytest.raises(InputError, match="another run, of 2 shares, is writing to it, and this one is of 1: wait"):
+            embed(photos, checkpoint, tmp_path)
+        assert embed(photos, checkpoint, tmp_path, part=1, parts=2).done == 15
+    assert embed(photos, checkpoint, tmp_path).before == 30
+
+
+def test_what_cannot_be_asked_for_is_one_error(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match=r"file: is no folder; choose another with -o"):
+        embed(photos, checkpoint, tmp_path / "file")
+    with pytest.raises(InputError, match="workers is -1; expected 0"):
+        embed(photos, checkpoint, tmp_path / "out", workers=-1)
+
+
 def test_two_runs_of_one_share_are_refused(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     embed(photos, checkpoint, tmp_path)
     about = json.loads((tmp_path / "_manifest.json").read_text())

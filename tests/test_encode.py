@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import threading
 import time
@@ -93,10 +94,23 @@ def test_the_loaded_checkpoint_has_the_processor(
     found = asyncio.run(collected())
     assert same([found[0], found[1]], wanted[:2])
     assert torch.equal(vit.encode_images([read_image(photos[0])]).split()[0], wanted[0])
+    assert vit.warmup(photographs=True) is vit and vit.encode([], pool="mean").shape == (0, 32)
     other = fused_vit.FusedViT(vit.spec, vit.weights)
     for call in (other.encode, other.stream, other.encode_images):
         with pytest.raises(InputError, match=r"processor is missing, and this encoder was made from a module: give"):
             call(photos[:1])
+
+
+def test_the_processor_stays_that_of_the_checkpoint_wherever_the_process_goes(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+    vit = fused_vit.load(checkpoint.name, device="cpu")
+    other = archives.checkpoint(tmp_path / checkpoint.name)
+    described = json.loads((other / "preprocessor_config.json").read_text()) | {"image_mean": [0.0] * 3}
+    (other / "preprocessor_config.json").write_text(json.dumps(described))
+    monkeypatch.chdir(tmp_path)
+    assert vit.processor.image_mean == processor(vit.spec, checkpoint).image_mean != [0.0] * 3
 
 
 def test_a_pil_image_has_the_features_of_its_file(vit: fused_vit.FusedViT, checkpoint: Path, tmp_path: Path) -> None:
@@ -390,13 +404,15 @@ def test_workers_prepare_a_bounded_number_ahead(vit: fused_vit.FusedViT, checkpo
 
 def test_what_bounded_a_run_is_said_from_its_times() -> None:
     def said(**seconds: float) -> str:
-        return Times(wall=10, workers=4, **seconds).bound()
+        return Times(wall=10, workers=4, images=1, **seconds).bound()
 
     assert said(decode=30, prepare=8, encode=3).startswith("bounded by decode, so more --workers")
     assert said(decode=8, prepare=30, encode=3).startswith("bounded by preprocess, so more --workers")
     assert said(decode=8, prepare=3, encode=9, copy=4).startswith("bounded by encode; busy: decode 20%, preprocess 8%")
     assert said(copy=8, encode=2).startswith("bounded by copy") and said(write=8).startswith("bounded by write")
     assert said(encode=2).startswith("nothing bounded the run for long")
+    failed = Times(decode=1.0, wall=1e-6)  # the only image: nothing was prepared, and no time counted
+    assert failed.bound() == "nothing was encoded" and set(failed.shares().values()) == {0.0}
 
 
 # --- Ray ---

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import sys
 import threading
 import weakref
@@ -118,11 +119,11 @@ def test_stats_count_and_a_closed_encoder_says_so(tower, pixels) -> None:  # typ
             attempt()
 
 
-@pytest.mark.parametrize("device", ["banana", "cuda:x", "mps", "cuda", "cuda:99"])
-def test_a_device_that_is_not_there_is_one_error(tower, device: str) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("device", ["banana", "cuda:x", "mps", "cuda", "cuda:99", 1.5, ["cpu"]])
+def test_a_device_that_is_not_there_is_one_error(tower, device: Any) -> None:  # type: ignore[no-untyped-def]
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("it is there")
-    with pytest.raises(ValueError, match=f"device is .*{device}"):
+    with pytest.raises(ValueError, match=f"device is .*{re.escape(str(device))}"):
         fused_vit.FusedViT.from_module(tower, device=device)
 
 

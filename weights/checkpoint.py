@@ -103,6 +103,13 @@ class Checkpoint:
             raise CheckpointError(f"{source}: no {CONFIG}; expected it beside the weights. {home.remedy()}")
         return cls(str(source), _read_json(config, LARGEST_CONFIG), home, single)
 
+    @property
+    def place(self) -> tuple[str, str | None]:
+        """Where it lies wherever the process goes, with a hub id's commit: `open` finds the same files there again."""
+        if isinstance(self._home, _Hub):
+            return self._home.repo, self._home.revision
+        return os.path.abspath(Path(self.source).expanduser()), None
+
     @cached_property
     def files(self) -> dict[str, str]:
         """Every tensor's full name -> the file that holds it, from the index or from the only file's header.
