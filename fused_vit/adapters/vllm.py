@@ -50,7 +50,8 @@ def fuse(tower: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Fused
         fused = FusedTower(arguments, dummy=dummy)
         _check_quantization(arguments.get("quant_config"), arguments.get("prefix", ""), fused.row, fused.spec)
     except Exception as error:  # ours, or whatever a vLLM raises that moved what is asked of it here
-        logger.warning("vLLM's own %s runs, not the fused one: %s", tower.__name__, error)
+        reason = str(error) if isinstance(error, FusedVitError) else repr(error)
+        logger.warning("vLLM's own %s runs, not the fused one: %s", tower.__name__, reason)
         return None
     logger.info("the fused tower runs in place of %s (%s)", tower.__name__, fused.row.family)
     return fused
@@ -73,7 +74,7 @@ def _arguments(tower: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def _check_engine() -> bool:
-    """Whether weights are to be made up (load format dummy). Raises FusedVitError where something is wanted we lack."""
+    """Whether to make weights up (load format dummy). Raises FusedVitError where the engine wants what we lack."""
     from vllm.config import get_current_vllm_config
     from vllm.distributed import get_tensor_model_parallel_world_size
     from vllm.model_executor.models.vision import is_vit_use_data_parallel

@@ -408,6 +408,16 @@ def test_other_devices_fall_back(warnings: list[str], monkeypatch: pytest.Monkey
     assert len(warnings) == 1 and "built on cpu; supported: cuda" in warnings[0]
 
 
+def test_a_vllm_that_moved_what_is_asked_of_it_falls_back(warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def moved() -> None:
+        raise KeyError("visual")
+
+    monkeypatch.setattr(adapter, "_check_engine", moved)
+    plugin.register()
+    assert type(construct(QWEN3, families.build(QWEN3).config)) is tower_class(QWEN3)
+    assert len(warnings) == 1 and "runs, not the fused one: KeyError('visual')" in warnings[0]
+
+
 def test_gpus_on_which_the_kernels_do_not_run_fall_back(warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "_place", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: (7, 5))
