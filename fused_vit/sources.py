@@ -20,6 +20,7 @@ from typing import Any, Literal
 from .errors import InputError
 from .images import check_size
 from .shards import is_result
+from .tars import members
 
 IMAGES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv"}
@@ -100,8 +101,17 @@ def is_text(name: str) -> bool:
 
 
 def shown(name: str) -> str:
-    r"""A name as text that can be printed and written: each byte of it that is not UTF-8 as \xff."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    r"""A name as text that can be printed and written: each byte of it that is not UTF-8 as \xff.
+
+    So is each control character or mark of direction, as \x1b or \u202e: a terminal would obey what an archive says.
+    """
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in name)
+
+
+def _escaped(letter: str) -> str:
+    if "\udc80" <= letter <= "\udcff":  # a byte, as the system's names have those that are not UTF-8
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    return letter.encode("unicode_escape").decode()
 
 
 def share(records: Sequence[Record], part: int, parts: int) -> Sequence[Record]:
@@ -111,7 +121,7 @@ def share(records: Sequence[Record], part: int, parts: int) -> Sequence[Record]:
     return records[len(records) * part // parts : len(records) * (part + 1) // parts]
 
 
-def _expand(source: str, column: str | None, listing: Listing) -> Iterator[Record]:
+def _expand(source: str, column: str | None, listing: Listing, named: bool = True) -> Iterator[Record]:
     if os.path.isdir(source):
         if _inside(source, listing.without):
             raise InputError(
@@ -120,7 +130,7 @@ def _expand(source: str, column: str | None, listing: Listing) -> Iterator[Recor
             )
         for path in _walk(source, listing):
             if _suffix(path) in KINDS and not is_result(path):
-                yield from _file(path, column, listing)
+                yield from _file(path, column, listing, named=False)
             else:
                 listing.ignored.add(path)
     elif os.path.lexists(source):
@@ -128,7 +138,12 @@ def _expand(source: str, column: str | None, listing: Listing) -> Iterator[Recor
             for path in _lines(source):
                 yield from _file(path, column, listing)
         else:
-            yield from _file(source, column, listing)
+            yield from _file(source, column, listing, named)
+    elif "://" in source:
+        raise InputError(
+            f"{source}: an address; expected local files or folders. For a bucket there is fused_vit.ray "
+            "(docs/embedding.md), or download it first"
+        )
     elif glob.has_magic(source):
         found = sorted(glob.glob(source, recursive=True))
         if not found:
@@ -138,7 +153,7 @@ def _expand(source: str, column: str | None, listing: Listing) -> Iterator[Recor
                 continue
             wanted = os.path.isdir(path) or _suffix(path) in KINDS | {"", _suffix(source)}
             if wanted and not is_result(path):
-                yield from _expand(path, column, listing)
+                yield from _expand(path, column, listing, named=False)
             else:
                 listing.ignored.add(path)
     else:
@@ -164,6 +179,8 @@ def _walk(folder: str, listing: Listing) -> Iterator[str]:
 
 
 def _lines(path: str) -> list[str]:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+        raise InputError(f"{path}: not a regular file; expected a path a line in UTF-8")
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut a name at U+2028
         return [line.strip() for line in lines if line.strip()]
@@ -175,10 +192,16 @@ def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower()
 
 
-def _file(path: str, column: str | None, listing: Listing) -> Iterator[Record]:
-    """Records of one file by its suffix; one without a known suffix is taken for an image."""
-    path = os.path.normpath(path)
+def _file(path: str, column: str | None, listing: Listing, named: bool = True) -> Iterator[Record]:
+    """Records of one file by its suffix; one without a known suffix is taken for an image.
+
+    named: outright, not found in a folder or by a glob, where a Parquet file may be another's metadata.
+    """
+    name, path = path, os.path.normpath(path)
     try:
+        if "\0" in name:  # some normpaths cut it off there, which names another file
+            path = name
+            raise InputError("its name holds a NUL byte, which no file's does")
         if not is_text(path):
             raise InputError(NOT_TEXT)  # before anything that would have to name it
         status = os.stat(path)
@@ -193,29 +216,48 @@ def _file(path: str, column: str | None, listing: Listing) -> Iterator[Record]:
             yield from _rows(path, size, column, written)
         else:
             yield Record(path, 0, path, size, video=_suffix(path) in VIDEOS, written=written)
-    except (OSError, tarfile.TarError, InputError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        listing.unread.append(Unread(shown(path), " ".join(reason.split())))
+    except ImportError:
+        raise
+    except _NoImages as error:
+        if named:
+            listing.unread.append(Unread(shown(path), _reason(error)))
+        else:
+            listing.ignored.add(path)
+    except Exception as error:  # what the readers of tars and of Parquet raise for hostile bytes has no end
+        listing.unread.append(Unread(shown(path), _reason(error)))
+
+
+def _reason(error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or str(error)
+    if not isinstance(error, OSError | tarfile.TarError | InputError):
+        reason = f"{type(error).__name__}: {reason}"
+    return shown(" ".join(reason.split()))
+
+
+class _NoImages(InputError):
+    """A Parquet file without any column of bytes."""
 
 
 def _members(path: str, written: float) -> Iterator[Record]:
     """Those before the place where a tar is broken, too."""
     index = 0
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            kind = _suffix(member.name)
-            if member.isreg() and kind in IMAGES | VIDEOS:
-                at = (member.offset_data, member.size)
-                key = f"{path}/{member.name.removeprefix('./')}"
-                yield Record(key, index, path, member.size, "tar", at, kind in VIDEOS, written=written)
-                index += 1
+    for member in members(path):
+        kind = _suffix(member.name)
+        if member.isreg() and kind in IMAGES | VIDEOS:
+            at = (member.offset_data, member.size)
+            key = f"{path}/{member.name.removeprefix('./')}"
+            yield Record(key, index, path, member.size, "tar", at, kind in VIDEOS, written=written)
+            index += 1
 
 
 def _rows(path: str, size: int, column: str | None, written: float) -> list[Record]:
     parquet = _parquet(path)
     name = _column(path, parquet.schema_arrow, column)
-    rows = [n for g in range(parquet.num_row_groups) for n in ((g, r) for r in range(_length(parquet, g)))]
+    lengths = [_length(parquet, g) for g in range(parquet.num_row_groups)]
     parquet.close()
+    if (claimed := sum(max(0, n) for n in lengths)) > size:  # a footer may claim any number, and each is a record
+        raise InputError(f"says that it has {claimed} rows in {size} bytes; expected at most a row a byte")
+    rows = [(g, r) for g, n in enumerate(lengths) for r in range(n)]
     return [
         Record(f"{path}#{i}", i, path, size, "parquet", at, column=name, written=written) for i, at in enumerate(rows)
     ]
@@ -226,12 +268,22 @@ def _length(parquet: Any, group: int) -> int:
     return length
 
 
-def _row_bytes(parquet: Any, group: int, column: str) -> int:
-    """Of a row of one column, on average, before it was compressed; a struct's fields are columns of the file."""
+def _rows_at_once(parquet: Any, group: int, column: str) -> int:
+    """How many rows of one column fit in PIECE, decoded; a struct's fields are columns of the file."""
     about = parquet.metadata.row_group(group)
     parts = [about.column(i) for i in range(about.num_columns)]
-    size: int = sum(p.total_uncompressed_size for p in parts if f"{p.path_in_schema}.".startswith(f"{column}."))
-    return size // max(1, int(about.num_rows))
+    parts = [part for part in parts if f"{part.path_in_schema}.".startswith(f"{column}.")]
+    size: int = sum(part.total_uncompressed_size for part in parts)
+    rows = max(1, min(ROWS, PIECE // max(1, size // max(1, int(about.num_rows)))))
+    if not any(part.has_dictionary_page for part in parts):
+        return rows
+    # A dictionary's value counts once and may be every row's, and nobody knows how large it is: at most all there is.
+    if size <= PIECE:
+        return max(1, min(rows, PIECE // max(1, size)))
+    # By default every file begins with a dictionary, and row by row takes twice as long: only where almost nothing on
+    # disk becomes very much, as photographs never do.
+    packed: int = sum(part.total_compressed_size for part in parts)
+    return min(rows, 1 if packed < size // 10 else 8)
 
 
 def _parquet(path: str) -> Any:
@@ -266,7 +318,8 @@ def _column(path: str, schema: Any, wanted: str | None) -> str:
     if len(found) == 1 or "image" in found:
         return "image" if "image" in found else found[0]
     names = ", ".join(found or schema.names)
-    raise InputError(f"which column holds images is not clear from {names}; name it with --column")
+    error = InputError if found else _NoImages
+    raise error(f"which column holds images is not clear from {names}; name it with --column")
 
 
 # --- reading, in whatever process ---
@@ -309,7 +362,7 @@ class _RowGroup:
     def _begin(self) -> None:
         path, group, column = self.arguments
         parquet = _parquet(path)
-        rows = max(1, min(ROWS, PIECE // max(1, _row_bytes(parquet, group, column))))
+        rows = _rows_at_once(parquet, group, column)
         self.batches: Iterator[Any] = iter(parquet.iter_batches(rows, row_groups=[group], columns=[column]))
         self.first, self.values = 0, None
         self.broken: Exception | None = None

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("errors", "spec"),
     ("layouts",),
-    ("output", "towers", "packing", "buckets", "calls", "devices"),
+    ("output", "towers", "packing", "buckets", "calls", "devices", "tars"),
     ("plan",),
     ("workspace", "executor"),
     ("graphs", "batch", "source", "turns", "images", "stills", "videos", "sources", "shards", "slots"),

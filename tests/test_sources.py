@@ -58,6 +58,9 @@ def test_globs_lists_and_files_are_one_listing_in_which_each_comes_once(tmp_path
         find([tmp_path / "absent.png"])
     with pytest.raises(InputError, match=r"matches nothing; expected a glob"):
         find([f"{tmp_path}/*.webp"])
+    for address in ("s3://photos/2026", "https://host/*.jpg"):
+        with pytest.raises(InputError, match=r"an address; expected local files or folders\. .* fused_vit\.ray"):
+            find([address])
 
 
 def test_a_glob_takes_the_kinds_that_a_folder_does_and_those_that_it_names(tmp_path: Path) -> None:
@@ -209,20 +212,39 @@ def test_parquet_rows_are_read_alone_and_in_any_order(form: str, tmp_path: Path)
             read(find([tmp_path / "a.parquet"]).records[3])
 
 
-@pytest.mark.parametrize(("size", "rows"), [(900, 64), (10_000, 6), (100_000, 1)])
+@pytest.mark.parametrize(
+    ("size", "dictionary", "rows"),
+    [(900, False, 64), (10_000, False, 6), (100_000, False, 1), (100, True, 8), (900, True, 1), (8000, True, 8)],
+)
 def test_fewer_parquet_rows_are_in_memory_the_larger_they_are(
-    size: int, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: int, dictionary: bool, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With a dictionary each may be as large as all of them, but where honest files would be slow."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr(sources, "PIECE", 1 << 16)
     values = [os.urandom(size) for _ in range(70)]
     image = pa.array([{"bytes": value} for value in values], pa.struct([("bytes", pa.binary())]))
-    pq.write_table(pa.table({"image": image, "image_large": values}), tmp_path / "a.parquet")
+    table = pa.table({"image": image, "image_large": values})
+    pq.write_table(table, tmp_path / "a.parquet", use_dictionary=dictionary)
     records = find([tmp_path / "a.parquet"], "image").records
     assert [read(record) for record in records] == values
     group = sources._rows_of(records[0].file, 0, "image")
     read(records[0])
     assert len(group.values) == rows
+
+
+def test_a_value_that_a_dictionary_repeats_is_in_memory_a_few_times(tmp_path: Path) -> None:
+    """Row by row where it is larger than a piece, which only a value that compresses well makes of a small file."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for mebibytes, rows in ((30, 2), (100, 1)):
+        value = bytes(mebibytes << 20)
+        repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), pa.array([value], pa.binary()))
+        path = tmp_path / f"{mebibytes}.parquet"
+        pq.write_table(pa.table({"image": repeated}), path, compression="zstd", store_schema=False)
+        records = find([path]).records
+        assert path.stat().st_size < 20_000 and len(records) == 64
+        group = sources._RowGroup(str(path), 0, "image")
+        assert group.at(0) == value and len(group.values) == rows
 
 
 def test_the_column_of_images_is_found_or_asked_for(tmp_path: Path) -> None:
@@ -237,6 +259,27 @@ def test_the_column_of_images_is_found_or_asked_for(tmp_path: Path) -> None:
     assert "no column 'x'; its columns are left" in find([file], "x").unread[0].reason
     (tmp_path / "b.parquet").write_bytes(b"PAR1 not really")
     assert "not a Parquet file" in find([tmp_path / "b.parquet"]).unread[0].reason
+
+
+def test_parquet_files_of_metadata_beside_archives_are_no_failure_unless_they_are_named(tmp_path: Path) -> None:
+    """As img2dataset writes: 00000.tar, 00000.parquet of addresses and captions, 00000_stats.json."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder = tmp_path / "in"
+    photographs(folder, [0])
+    meta, both = str(folder / "00000.parquet"), str(folder / "both.parquet")
+    pq.write_table(pa.table({"url": ["https://a/0.png"], "key": ["0"], "width": [9]}), meta)
+    (folder / "00000_stats.json").write_text("{}")
+    for source in (folder, f"{folder}/*", f"{tmp_path}/*"):
+        listing = find([source])
+        assert same(listing.records, [0]) and not listing.unread
+        assert listing.ignored == {meta, str(folder / "00000_stats.json")}
+    (tmp_path / "list.txt").write_text(meta)
+    for source in (meta, tmp_path / "list.txt", f"{tmp_path}/*.txt"):
+        listing = find([source])
+        assert not listing.ignored and "not clear from url, key, width" in listing.unread[0].reason
+    assert "no column 'image'" in find([folder], "image").unread[0].reason
+    pq.write_table(pa.table({"left": [b"1"], "right": [b"2"]}), both)
+    assert [u.key for u in find([folder]).unread] == [both]
 
 
 def test_videos_are_records_of_their_own_kind(tmp_path: Path) -> None:
@@ -277,3 +320,47 @@ def test_a_pipe_is_a_failure_and_is_not_waited_for(tmp_path: Path, name: str) ->
     os.mkfifo(tmp_path / name)
     found = find([tmp_path / name])
     assert not found.records and "not a regular file" in found.unread[0].reason
+
+
+def test_a_list_that_is_a_pipe_is_refused_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "list.txt")
+    with pytest.raises(InputError, match=r"list\.txt: not a regular file"):
+        find([tmp_path / "list.txt"])
+
+
+def test_a_list_with_a_name_that_no_file_can_have_costs_nobody_else(tmp_path: Path) -> None:
+    photographs(tmp_path, [0, 1])
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/000.png\n{tmp_path}/000.png\0x\n{tmp_path}/001.png\n")
+    listing = find([tmp_path / "list.txt"])
+    assert same(listing.records, [0, 1])
+    assert [u.key for u in listing.unread] == [rf"{tmp_path}/000.png\x00x"] and "NUL" in listing.unread[0].reason
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a é 写真 😀.png", "a é 写真 😀.png"),
+        ("\x1b[2J\x07.png", r"\x1b[2J\x07.png"),
+        ("a\n\r\tb\x7f\x9b", r"a\n\r\tb\x7f\x9b"),
+        ("a\u202egnp.\u2028", r"a\u202egnp.\u2028"),
+        ("\udcff\udc80", r"\xff\x80"),
+        ("\ud800", r"\ud800"),
+        ("\U000e0001", r"\U000e0001"),
+    ],
+)
+def test_a_name_is_shown_without_what_a_terminal_obeys(name: str, text: str) -> None:
+    assert sources.shown(name) == text
+
+
+def test_a_record_keeps_a_name_that_is_not_printable_and_an_error_shows_it(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("\x1b[2J\u202e.png"))
+    assert [r.key for r in find([tmp_path]).records] == [f"{tmp_path}/a.tar/\x1b[2J\u202e.png"]
+    (tmp_path / "\x1b.tar").write_bytes(b"no tar" * 200)
+    assert [u.key for u in find([tmp_path]).unread] == [rf"{tmp_path}/\x1b.tar"]
+
+
+def test_names_of_columns_are_shown_too(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"\x1b[2J": [b"1"], "b": [b"2"]}), tmp_path / "a.parquet")
+    assert r"from \x1b[2J, b;" in find([tmp_path]).unread[0].reason
