@@ -167,7 +167,11 @@ def test_a_hostile_tar_costs_only_what_comes_after(case: str, listed: Listed, tm
     assert all(size >= 0 for _, size in records) and grown < 100
 
 
-@pytest.mark.parametrize("first", [header("a.png", -512), pax(("size", "-1000")) + header("a.png", 0)])
+@pytest.mark.parametrize(
+    "first",
+    [header("a.png", -512), pax(("size", "-1000")) + header("a.png", 0)],
+    ids=["size of -512", "PAX size of -1000"],
+)
 def test_a_tar_that_is_hostile_at_once_is_unread(first: bytes, listed: Listed, tmp_path: Path) -> None:
     photographs(tmp_path, [0])
     (tmp_path / "hostile.tar").write_bytes(first + bytes(1024))
