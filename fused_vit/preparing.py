@@ -230,6 +230,24 @@ def _inherited() -> Iterator[None]:
             os.environ["PYTHONSAFEPATH"] = path
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C, and a SIGTERM that is answered as it is, come after this: a process half started belongs to no pool."""
+    main = threading.current_thread() is threading.main_thread()  # only there can handlers be set, and are they called
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    came: list[int] = []
+    for number in handlers:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
+
+
 class Workers:
     """Processes or threads that prepare; leave the `with` block and they are gone.
 
@@ -248,9 +266,13 @@ class Workers:
         """All of them started, while the encoder is being made ready; with slots that no process before them has."""
         self.slots = Slots.make(self.ahead + HELD, TASK_BYTES)
         pool = ProcessPoolExecutor(count, _context(self.prepare), _begin, (self.prepare, self.slots))
-        with _inherited():
-            for _ in range(count):
-                pool.submit(_work, (), None)
+        try:
+            with _uninterrupted(), _inherited():
+                for _ in range(count):
+                    pool.submit(_work, (), None)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)  # what it has started would find nothing of it any more
+            raise
         return pool
 
     def __enter__(self) -> Workers:

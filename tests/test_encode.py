@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +380,31 @@ def test_pixels_come_through_slots_or_beside_them(
 def test_ctrl_c_is_left_to_the_process_that_started_the_workers(vit: fused_vit.FusedViT, checkpoint: Path) -> None:
     with Workers(Preparer(vit.spec, processor(vit.spec, checkpoint)), 1) as workers:
         assert signal.SIGINT in workers.pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, ()).result()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="handlers are the main thread's")
+def test_ctrl_c_waits_until_workers_are_whole(vit: fused_vit.FusedViT, checkpoint: Path, monkeypatch: Any) -> None:
+    """A process that was half started would belong to no pool, and find nothing of its parent's when it is ready."""
+    prepare, real, done = Preparer(vit.spec, processor(vit.spec, checkpoint)), ProcessPoolExecutor.submit, []
+    leave = threading.Event()
+    other = threading.Thread(target=leave.wait)  # whichever thread the system gives it to, the main one answers
+    other.start()
+
+    def interrupted(self: ProcessPoolExecutor, *arguments: Any) -> Any:
+        assert other.ident is not None
+        signal.pthread_kill(other.ident, signal.SIGINT)
+        time.sleep(0.01)
+        done.append(real(self, *arguments))
+        return done[-1]
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Workers(prepare, 2)
+    leave.set()
+    assert len(done) == 2 and all(future.done() for future in done), "both were started, and ended"
+    assert signal.getsignal(signal.SIGINT) is before
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
