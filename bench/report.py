@@ -15,6 +15,7 @@ START, END = "<!-- figures:start -->", "<!-- figures:end -->"
 RESULT, PLOT = "bench/results/encoder.json", "docs/latency.svg"
 # One run each: the page has a table for every machine that there is a result of.
 ARCHIVES = tuple(f"bench/results/embed{which}.json" for which in ("", "_two_h100", "_two_h200", "_four_h200"))
+WHOLE = "rows, not pooled"
 ARCHIVES_PAGE = "docs/embedding.md"
 ARCHIVES_START, ARCHIVES_END = "<!-- archives:start -->", "<!-- archives:end -->"
 
@@ -163,21 +164,14 @@ def archive(report: dict[str, Any], source: str) -> str:
         theirs = f" ({row['their_error']:.1e})"
         cells += [f"{_ways(row)[kind]['images_s']:.0f}{theirs}" if kind in _ways(row) else "" for kind in kinds]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    for name, row in report["cases"].items():
-        if "rows, not pooled" in row:
-            whole = {counts[0]: row["rows, not pooled"]}
-            cells = [_rate(whole, counts[0], row["error"]).partition(" ")[0], *[""] * (len(heads) - 2)]
-            lines.append(f"| {name}, every row kept | {' | '.join(cells)} |")
+    whole = {f"{n}, every row kept": row[WHOLE] for n, row in report["cases"].items() if WHOLE in row}
+    lines += [f"| {name} | {one['images_s']:.0f} |{'  |' * (len(heads) - 2)}" for name, one in whole.items()]
     stages = list(next(iter(next(iter(report["cases"].values()))["ours"].values()))["ms_an_image"])
     lines += ["", f"| ms an image | {' | '.join(stages)} | |", "|" + "---|" * (len(stages) + 2)]
-    for name, row in report["cases"].items():
-        for count, one in row["ours"].items():
-            costs = " | ".join(f"{one['ms_an_image'][stage]:.2f}" for stage in stages)
-            lines.append(f"| {name}, {count} GPU{'s' if count != '1' else ''} | {costs} | {one['bound'][0]} |")
-        if "rows, not pooled" in row:
-            one = row["rows, not pooled"]
-            costs = " | ".join(f"{one['ms_an_image'][stage]:.2f}" for stage in stages)
-            lines.append(f"| {name}, every row kept, {counts[0]} GPU | {costs} | {one['bound'][0]} |")
+    runs = {(name, count): one for name, row in report["cases"].items() for count, one in row["ours"].items()}
+    for (name, count), one in (runs | {(name, counts[0]): one for name, one in whole.items()}).items():
+        costs = " | ".join(f"{one['ms_an_image'][stage]:.2f}" for stage in stages)
+        lines.append(f"| {name}, {count} GPU{'s' if count != '1' else ''} | {costs} | {one['bound'][0]} |")
     about = (
         f"{report['what']}; {environment['device']}, {environment['cores']} cores, torch {environment['torch']} "
         f"(`{source}`, commit {environment['commit'][:7]}). From the first prepared image to the last shard on disk; "

@@ -40,6 +40,9 @@ class Tower(Protocol):
     buckets: tuple[Bucket, ...]
 
     @property
+    def processor(self) -> Any: ...
+
+    @property
     def embedding_width(self) -> int: ...
 
     def for_bytes(self, mean: tuple[float, ...], std: tuple[float, ...]) -> Tower: ...

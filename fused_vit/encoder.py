@@ -249,7 +249,7 @@ class FusedViT:
         self._check_usable()
         if self.device.type == "cuda":
             with self._turns.take(), torch.no_grad():
-                self._check_usable()  # it may have been closed while others had their turn
+                self._check_open()  # it may have been closed while others had their turn
                 for bucket in reversed(self.buckets):
                     self._graph(bucket)
         if photographs:
@@ -333,7 +333,7 @@ class FusedViT:
         if not (len(mean) == len(std) == channels and all(map(math.isfinite, numbers)) and min(std) > 0):
             raise InputError(f"mean {mean}, std {std}; expected {channels} finite numbers each, and no std of 0")
         with self._turns.take():  # it is made of weights that another stream may be packing
-            self._check_usable()  # it may have been closed while others had their turn
+            self._check_open()  # it may have been closed while others had their turn
             found = self._for_bytes.get((mean, std))
             if found is None or not found.weights:  # or somebody closed it alone
                 spec = replace(self.spec, patch=replace(self.spec.patch, bytes=True))
@@ -376,8 +376,7 @@ class FusedViT:
         from .streams import encode
 
         return encode(
-            self, images, processor=self.processor if processor is None else processor, pool=pool,
-            batch_tokens=batch_tokens,
+            self, images, processor=processor, pool=pool, batch_tokens=batch_tokens,
             normalize_embeddings=normalize_embeddings, convert_to_numpy=convert_to_numpy,
             show_progress_bar=show_progress_bar, workers=workers,
         )  # fmt: skip
@@ -399,13 +398,15 @@ class FusedViT:
         from .streams import stream
 
         return stream(
-            self, images, processor=self.processor if processor is None else processor, pool=pool,
-            batch_tokens=batch_tokens, workers=workers,
+            self, images, processor=processor, pool=pool, batch_tokens=batch_tokens, workers=workers
         )  # fmt: skip
 
-    def _check_usable(self) -> None:
+    def _check_open(self) -> None:
         if not self.weights:
             raise InputError("this encoder was closed; load it again")
+
+    def _check_usable(self) -> None:
+        self._check_open()
         if self._turns.forked():
             raise InputError(
                 f"this encoder belongs to process {self._turns.process}, and CUDA does not survive a fork: load one in "
@@ -432,7 +433,7 @@ class FusedViT:
     def _run(self, pixels: torch.Tensor, batch: Batch) -> list[torch.Tensor | None]:
         """Every pack through its graph, its results into fresh tensors, which are made while the device works."""
         with self._turns.take():
-            self._check_usable()  # it may have been closed while others had their turn
+            self._check_open()  # it may have been closed while others had their turn
             if len(batch.packs) == 1:
                 return _copies(self._run_pack(pixels, batch.packs[0]))
             outputs = [self._empty(buffer, batch.sizes) for buffer in self._outputs]

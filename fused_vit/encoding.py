@@ -6,7 +6,6 @@ among its own, does only what is left when it is started again.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -26,7 +25,7 @@ from .encoder import FusedViT
 from .errors import InputError
 from .images import check_file, read_image
 from .pca import colours, raster
-from .shards import save
+from .shards import EXCLUSIVE, held, save
 from .sources import NOT_TEXT, is_text
 from .spec import TowerSpec
 
@@ -89,17 +88,14 @@ class Parts:
         for _ in range(ATTEMPTS):
             with suppress(FileNotFoundError, FileExistsError):  # a run that ends in this moment removes both
                 self.folder.mkdir(exist_ok=True)
-                lock = os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666), "w")
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
-                        return lock
-                except BlockingIOError:
-                    lock.close()
+                lock = held(path, EXCLUSIVE)
+                if lock is None:
                     raise InputError(
                         f"{self.folder}: another run is encoding to the same file; wait for it, or choose another "
                         "with -o"
-                    ) from None
+                    )
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                    return lock
                 lock.close()
         raise InputError(f"{self.folder}: cannot be locked; remove what is there, or choose another file with -o")
 

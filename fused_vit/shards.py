@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from .errors import InputError
 
 FORMATS = ("parquet", "safetensors")
+EXCLUSIVE = fcntl.LOCK_EX | fcntl.LOCK_NB
 STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MANIFEST, DONE = "_manifest.json", "fused_vit.done"  # names with _ are skipped by readers of Parquet folders
 SHARD_BYTES, GROUP_BYTES = 1 << 28, 1 << 26  # a shard is full with so much, however few its images; a row group too
@@ -52,6 +53,17 @@ def save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str,
         save_file(dict(tensors), path, None if metadata is None else dict(metadata))
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written ({error})") from error
+
+
+def held(path: Path, how: int) -> IO[str] | None:
+    """The file, locked until it is closed or the process ends; None where another run holds it."""
+    lock = os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666), "w")
+    try:
+        fcntl.flock(lock, how)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
 
 
 def is_result(path: str) -> bool:
@@ -92,31 +104,27 @@ class Folder:
     def _shared(self) -> IO[str]:
         """Held by every run that cuts the work into as many parts. Others would do images of this one's again."""
         mine = self.path / f"_lock-of-{self.parts:05d}"
-        lock = open(mine, "w")  # noqa: SIM115 - held as long as the folder
-        fcntl.flock(lock, fcntl.LOCK_SH)
+        lock = held(mine, fcntl.LOCK_SH)  # waits for others who only look whether it is held
+        assert lock is not None
         for path in self.path.glob("_lock-of-*"):
             if path == mine:
                 continue
-            with open(path, "w") as other:
-                try:
-                    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    lock.close()
-                    raise InputError(
-                        f"{self.path}: another run, of {int(path.name[9:])} shares, is writing to it, and this one is "
-                        f"of {self.parts}: wait for it, or give both the same n in --shard i/n"
-                    ) from None
+            free = held(path, EXCLUSIVE)
+            if free is None:
+                lock.close()
+                raise InputError(
+                    f"{self.path}: another run, of {int(path.name[9:])} shares, is writing to it, and this one is of "
+                    f"{self.parts}: wait for it, or give both the same n in --shard i/n"
+                )
+            free.close()
         return lock
 
     def _locked(self) -> IO[str]:
-        lock = open(self.path / f"_lock-{self.part:05d}", "w")  # noqa: SIM115 - held as long as the folder
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
+        lock = held(self.path / f"_lock-{self.part:05d}", EXCLUSIVE)
+        if lock is None:
             raise InputError(
                 f"{self.path}: another run is writing its shard {self.part}; wait for it, or give each its own --shard"
-            ) from None
+            )
         return lock
 
     def _check(self) -> None:

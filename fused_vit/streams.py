@@ -20,6 +20,9 @@ from .preparing import Prepared, Preparer, Sent, Workers, default_workers
 
 
 def _preparer(vit: Tower, source: Any) -> Preparer:
+    """source: a checkpoint, its processor, or None for the one that the encoder was loaded from."""
+    if source is None:
+        source = vit.processor
     found = processor(vit.spec, source) if isinstance(source, (str, Path)) else source
     if not callable(found):
         raise InputError(

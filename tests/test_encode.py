@@ -96,9 +96,13 @@ def test_the_loaded_checkpoint_has_the_processor(
     assert torch.equal(vit.encode_images([read_image(photos[0])]).split()[0], wanted[0])
     assert vit.warmup(photographs=True) is vit and vit.encode([], pool="mean").shape == (0, 32)
     other = fused_vit.FusedViT(vit.spec, vit.weights)
-    for call in (other.encode, other.stream, other.encode_images):
+
+    async def first() -> None:
+        await anext(other.stream(photos[:1]))
+
+    for call in (lambda: other.encode(photos[:1]), lambda: asyncio.run(first()), lambda: other.encode_images([])):
         with pytest.raises(InputError, match=r"processor is missing, and this encoder was made from a module: give"):
-            call(photos[:1])
+            call()
 
 
 def test_the_processor_stays_that_of_the_checkpoint_wherever_the_process_goes(
@@ -124,6 +128,26 @@ def test_a_pil_image_has_the_features_of_its_file(vit: fused_vit.FusedViT, check
     want = vit.encode(files, processor=checkpoint)
     for got in ([Image.open(file) for file in files], [file.read_bytes() for file in files]):
         assert same(vit.encode(got, processor=checkpoint), want)
+
+
+def test_a_first_stream_holds_no_loop_up(checkpoint: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where the processor is looked for, or the tower for bytes made, in the loop's own thread."""
+    vit, threads = fused_vit.load(checkpoint, device="cpu"), set()
+
+    def seen(real: Any) -> Any:
+        def watched(*arguments: Any, **options: Any) -> Any:
+            threads.add(threading.current_thread())
+            return real(*arguments, **options)
+
+        return watched
+
+    monkeypatch.setattr("fused_vit.images.processor", seen(processor))
+    monkeypatch.setattr(vit, "for_bytes", seen(vit.for_bytes))
+
+    async def streamed() -> int:
+        return len([number async for number, _ in vit.stream(photos[:2])])
+
+    assert asyncio.run(streamed()) == 2 and len(threads) > 0 and threading.current_thread() not in threads
 
 
 def test_pooled_is_one_tensor_and_numpy_an_array(
