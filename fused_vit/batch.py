@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from .buckets import Bucket, choose
-from .packing import Item, items, split, table
+from .packing import CELL, COUNTS, HEADER, Item, items, split, table
 from .spec import TowerSpec
+
+KEPT_IMAGES = 64  # of a grid that is kept, 0.2 KB each; tables of larger ones, used once, are pinned
+ALIGNED = 16  # bytes: what kernels load at once
 
 
 @dataclass(slots=True)
@@ -24,33 +27,51 @@ class Pack:
     sizes: dict[str, int]  # rows and merged rows
     segments: int
     bucket: Bucket | None  # None: a segment larger than any
-    table: torch.Tensor  # int32, pinned: torch gives that memory to nobody else before the copies from it are done
+    table: torch.Tensor  # int32
+    cells: memoryview  # the table's addresses, 64 bits each: torch takes 2 us to set one, this 0.1
     views: Views | None = None  # of the bucket's buffers, once it ran there
 
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """Where in a bucket's buffers a pack goes, and its part of every output (None: the tower has none such)."""
+    """Where in a bucket's buffers a pack goes; of every output its cell in the table, or its place in the buffers."""
 
     table: torch.Tensor
     pixels: torch.Tensor
+    cells: Sequence[int]  # 0: none
     results: Sequence[torch.Tensor | None]
 
-    def fill(self, pixels: torch.Tensor, pack: Pack) -> None:
-        """Pixels first: the device copies them while the host asks for the rest."""
-        self.pixels.copy_(pixels)
+    def fill(self, pixels: torch.Tensor, outputs: Sequence[torch.Tensor | None], pack: Pack) -> None:
+        """Send the table with the addresses of pixels and outputs. Pixels that kernels cannot read in place are copied.
+
+        The driver reads a table of pageable memory before the copy returns, so the next call may write its own.
+        """
+        in_place = pixels.dtype == self.pixels.dtype and pixels.stride() == self.pixels.stride()
+        address = pixels.data_ptr() if in_place else 0
+        if not address or address % ALIGNED:
+            self.pixels.copy_(pixels)
+            address = self.pixels.data_ptr()
+        cells = pack.cells
+        cells[0] = address
+        for cell, output in zip(self.cells, outputs, strict=True):
+            if cell and output is not None:
+                cells[cell] = output.data_ptr()
         self.table.copy_(pack.table, non_blocking=True)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Batch:
-    """items: every image; packs: none where the definition runs it whole; sizes: of all of them."""
+    """items: every image; packs: none where the definition runs it whole; sizes: of all of them.
+
+    outputs: something of the shape, dtype and device of each, once the first call made it.
+    """
 
     items: tuple[Item, ...]
     rows: tuple[int, ...]
     merged: tuple[int, ...]
     sizes: dict[str, int]
     packs: tuple[Pack, ...]
+    outputs: Sequence[torch.Tensor | None] | None = None
 
 
 def make_batch(
@@ -68,10 +89,10 @@ def make_batch(
 
 def _pack(buckets: Sequence[Bucket], tile: int, pack: Sequence[Item]) -> Pack:
     sizes, segments = _sizes(pack), sum(item.segments for item in pack)
-    return Pack(
-        sum(item.pixel_rows for item in pack), sizes, segments, choose(buckets, sizes["rows"], segments),
-        torch.tensor(table(pack, tile), dtype=torch.int32, pin_memory=True),
-    )  # fmt: skip
+    integers = torch.tensor(table(pack, tile), dtype=torch.int32, pin_memory=len(pack) > KEPT_IMAGES)
+    cells = integers[COUNTS:HEADER].view(torch.int64)[:: CELL // 2].numpy().data
+    bucket = choose(buckets, sizes["rows"], segments)
+    return Pack(sum(item.pixel_rows for item in pack), sizes, segments, bucket, integers, cells)
 
 
 def _sizes(pack: Sequence[Item]) -> dict[str, int]:

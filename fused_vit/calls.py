@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 
 from .errors import InputError
-from .spec import TowerSpec
+from .spec import PatchSpec, TowerSpec
 
 Grid = torch.Tensor | Sequence[Sequence[int]]
 # What torch reads and converts; it has more dtypes, of fewer bits or quantized, of which it can do neither.
@@ -27,20 +27,26 @@ def flatten_call(spec: TowerSpec, pixels: torch.Tensor, grid: Grid | None) -> tu
     """pixel_values as [patches, features], and the grid as lists of (t, h, w), of any call that FusedViT takes."""
     if grid is None:
         return patches_of_images(spec, pixels)
-    p, shape = spec.patch, tuple(pixels.shape)
+    columns = (2, 3) if spec.patch.temporal == 1 else (3,)
+    if pixels.ndim == 2 and pixels.shape[1] == spec.patch.features:  # what most processors give
+        return pixels, read_grid(grid, columns)
+    return pixels.reshape(_flat_shape(spec.patch, tuple(pixels.shape))), read_grid(grid, columns)
+
+
+def _flat_shape(p: PatchSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[patches, features] of pixels that come with the dims of a patch, or in a batch of one. Raises InputError."""
     frames = (p.temporal,) if p.temporal > 1 and not p.bytes else ()
-    patch = (p.channels, *frames, p.size, p.size)
-    if shape[-len(patch) :] == patch:
-        shape = (*shape[: -len(patch)], p.features)
-    if len(shape) == 3 and shape[0] == 1 and p.order == "raster":  # such processors keep a batch of one
-        shape = shape[1:]
-    if len(shape) != 2 or shape[1] != p.features:
+    patch, flat = (p.channels, *frames, p.size, p.size), shape
+    if flat[-len(patch) :] == patch:
+        flat = (*flat[: -len(patch)], p.features)
+    if len(flat) == 3 and flat[0] == 1 and p.order == "raster":  # such processors keep a batch of one
+        flat = flat[1:]
+    if len(flat) != 2 or flat[1] != p.features:
         raise InputError(
-            f"pixel_values has shape {list(pixels.shape)}; expected [patches, {p.features}] "
+            f"pixel_values has shape {list(shape)}; expected [patches, {p.features}] "
             f"({' x '.join(map(str, patch))}: channels, frames if there are two, size; as the processor lays them out)"
         )
-    patches = pixels if pixels.ndim == 2 else pixels.reshape(shape)  # 3 us
-    return patches, read_grid(grid, (2, 3) if p.temporal == 1 else (3,))
+    return flat
 
 
 def call_of(batch: Any) -> tuple[Any, Any]:
@@ -56,8 +62,9 @@ def check_dense(name: str, tensor: torch.Tensor) -> None:
         what = type(tensor).__name__ if wrapped else tensor.layout
         kind = "nested" if tensor.is_nested else "on meta" if tensor.is_meta and not wrapped else what
         raise InputError(f"{name} is {kind}; expected a dense tensor with values")
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    reach = tensor.numel() if tensor.is_contiguous() else 1 + sum((n - 1) * step for n, step in steps)
+    reach = tensor.numel()
+    if not tensor.is_contiguous():
+        reach = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     if tensor.numel() and tensor.untyped_storage().nbytes() < (tensor.storage_offset() + reach) * tensor.itemsize:
         raise InputError(
             f"{name} has no memory behind all of its {list(tensor.shape)} numbers: its storage was resized"

@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
-from .batch import Batch, Pack, Views, make_batch
+from .batch import KEPT_IMAGES, Batch, Pack, Views, make_batch
 from .buckets import Bucket, as_buckets, ladder
 from .calls import FLOATS, Grid, check_dense, flatten_call
 from .devices import device_of
@@ -21,7 +21,7 @@ from .errors import InputError
 from .executor import define, launch
 from .graphs import BucketGraph, capture
 from .output import VisionOutput
-from .plan import Buffer, Plan, build_plan
+from .plan import Plan, build_plan
 from .source import pack, read_module, read_tower
 from .spec import TowerSpec
 from .stills import Normalisation, byte_patches, normalisation
@@ -29,12 +29,12 @@ from .towers import find_tower, parse_config
 from .turns import Turns
 from .weights.checkpoint import Checkpoint
 from .weights.pack import byte_weights
-from .workspace import Workspace, needed
+from .workspace import Workspace, addresses, needed
 
 logger = logging.getLogger("fused_vit")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Buckets = Iterable[Bucket | int | Sequence[int]]
-GRIDS, KEPT_IMAGES = 1024, 64  # as many grids of at most so many images: 0.2 KB an image
+GRIDS = 1024  # of at most KEPT_IMAGES images that are kept
 
 
 def load(
@@ -78,15 +78,6 @@ def _checked(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _copies(results: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Fresh tensors with the same bits: times one allocates and writes all of them in one call of torch.
-
-    Cutting them from new tensors and copying took 60 us of the host.
-    """
-    copies = iter(torch._foreach_mul([result for result in results if result is not None], 1))
-    return [None if result is None else next(copies) for result in results]
-
-
 class FusedViT:
     """Callable tower: (pixel_values, grid_thw) -> VisionOutput. Threads and streams may share one; calls take turns."""
 
@@ -112,6 +103,7 @@ class FusedViT:
                 f"the smallest bucket is of {self.buckets[0].tokens} patches; the smallest image has {least}"
             )
         self._plan = build_plan(spec)
+        self._lean = self._plan.lean()  # of a workspace: calls bring memory for their outputs
         self._outputs = self._plan.output_buffers()
         self._graphs: dict[Bucket, BucketGraph] = {}
         self._workspace: Workspace | None = None
@@ -180,7 +172,7 @@ class FusedViT:
         """Of the workspace, known before it is made: `workspace_bytes` after `warmup`. A CPU needs none."""
         if self.device.type == "cpu":
             return 0
-        return needed(self._plan, self.buckets, self.dtype.itemsize, self.tile)[0]
+        return needed(self._lean, self.buckets, self.dtype.itemsize, self.tile)[0]
 
     @cached_property
     def processor(self) -> Any:
@@ -431,52 +423,60 @@ class FusedViT:
             raise InputError(f"pixel_values is on {pixels.device}; the encoder is on {self.device}: move it there")
 
     def _run(self, pixels: torch.Tensor, batch: Batch) -> list[torch.Tensor | None]:
-        """Every pack through its graph, its results into fresh tensors, which are made while the device works."""
+        """Every pack through its graph, which reads the pixels in place and writes into fresh tensors."""
         with self._turns.take():
             self._check_open()  # it may have been closed while others had their turn
+            outputs = self._fresh(batch)
             if len(batch.packs) == 1:
-                return _copies(self._run_pack(pixels, batch.packs[0]))
-            outputs = [self._empty(buffer, batch.sizes) for buffer in self._outputs]
+                self._run_pack(pixels, batch.packs[0], outputs)
+                return outputs
             begin, filled = 0, {"rows": 0, "merged": 0}
             for pack in batch.packs:
-                self._collect(self._run_pack(pixels[begin : begin + pack.pixels], pack), outputs, filled)
-                begin += pack.pixels
-                filled = {dim: n + pack.sizes[dim] for dim, n in filled.items()}
+                end = {dim: n + pack.sizes[dim] for dim, n in filled.items()}
+                parts = [
+                    None if buffer is None or output is None else output[filled[dim] : end[dim]]
+                    for buffer, output in zip(self._outputs, outputs, strict=True)
+                    for dim in [str(buffer.shape[0]) if buffer else ""]
+                ]
+                self._run_pack(pixels[begin : begin + pack.pixels], pack, parts)
+                begin, filled = begin + pack.pixels, end
         return outputs
 
-    def _collect(
-        self, results: Sequence[torch.Tensor | None], outputs: Sequence[torch.Tensor | None], filled: Mapping[str, int]
-    ) -> None:
-        """A pack's results behind those before it. No view of its workspace stays: the next pack may outgrow that."""
-        for buffer, output, result in zip(self._outputs, outputs, results, strict=True):
-            if buffer is not None and output is not None and result is not None:
-                first = filled[str(buffer.shape[0])]
-                output[first : first + len(result)].copy_(result)
+    def _fresh(self, batch: Batch) -> list[torch.Tensor | None]:
+        """New tensors for a batch's outputs. By shape, dtype and device torch takes twice as long as by a likeness."""
+        if batch.outputs is None:
+            any_number = self.weights["patch_embed.weight"][0, 0]
+            batch.outputs = [
+                any_number.expand(batch.sizes[str(b.shape[0])], *map(int, b.shape[1:])) if b else None
+                for b in self._outputs
+            ]
+        return [
+            None if like is None else torch.empty_like(like, memory_format=torch.contiguous_format)
+            for like in batch.outputs
+        ]
 
-    def _empty(self, buffer: Buffer | None, sizes: Mapping[str, int]) -> torch.Tensor | None:
-        if buffer is None:
-            return None
-        rows, rest = sizes[str(buffer.shape[0])], (int(dim) for dim in buffer.shape[1:])
-        return torch.empty(rows, *rest, dtype=self.dtype, device=self.device)
-
-    def _run_pack(self, pixels: torch.Tensor, pack: Pack) -> Sequence[torch.Tensor | None]:
+    def _run_pack(self, pixels: torch.Tensor, pack: Pack, outputs: Sequence[torch.Tensor | None]) -> None:
         """Run one pack through the graph of its bucket, or by plain launches where it is larger than any."""
         rows, bucket = pack.sizes["rows"], pack.bucket
         if bucket is not None:
             views = self._views_of_graph(bucket, pack)
-            views.fill(pixels, pack)
+            views.fill(pixels, outputs, pack)
             self._graphs[bucket].replay()
             self._replays[bucket] += 1
             self._asked[bucket] += rows
             self._counts["bucket_rows"] += bucket.tokens
-            return views.results
-        buffers = self._grown(Bucket(rows, pack.segments))
-        views = self._views_of(buffers, pack)
-        views.fill(pixels, pack)
-        launch(self._plan, self.weights, buffers, self.tile)
-        self._counts["oversize_calls"] += 1
-        self._counts["bucket_rows"] += rows
-        return views.results
+        else:
+            own = Bucket(rows, pack.segments)
+            buffers = self._grown(own)
+            views = self._views_of(buffers, pack)
+            views.fill(pixels, outputs, pack)
+            elsewhere = addresses(self._plan, own, self.dtype, self.tile, buffers["table"])
+            launch(self._plan, self.weights, buffers, self.tile, elsewhere=elsewhere)
+            self._counts["oversize_calls"] += 1
+            self._counts["bucket_rows"] += rows
+        for output, result in zip(outputs, views.results, strict=True):
+            if output is not None and result is not None:
+                output.copy_(result)
 
     def _views_of_graph(self, bucket: Bucket, pack: Pack) -> Views:
         """Cut once for a pack: it costs 10 us, 50 where the processor has gone cold."""
@@ -485,14 +485,19 @@ class FusedViT:
         return pack.views
 
     def _views_of(self, buffers: Mapping[str, torch.Tensor], pack: Pack) -> Views:
-        results = [buffers[b.name][: pack.sizes[str(b.shape[0])]] if b else None for b in self._outputs]
+        finals = list(self._plan.finals())
+        cells = [1 + finals.index(name) if name in finals else 0 for name in self._plan.outputs]
+        results = [
+            buffers[b.name][: pack.sizes[str(b.shape[0])]] if b and not cell else None
+            for b, cell in zip(self._outputs, cells, strict=True)
+        ]
         pixels = buffers["pixels"][: pack.pixels, : self.spec.patch.features]
-        return Views(buffers["table"][: len(pack.table)], pixels, results)
+        return Views(buffers["table"][: len(pack.table)], pixels, cells, results)
 
     def _graph(self, bucket: Bucket) -> BucketGraph:
         if bucket not in self._graphs:
             if self._workspace is None:
-                self._workspace = Workspace(self._plan, self.buckets, self.dtype, self.device, self.tile)
+                self._workspace = Workspace(self._lean, self.buckets, self.dtype, self.device, self.tile)
             self._graphs[bucket] = capture(self._plan, self.weights, self._workspace, bucket)
         return self._graphs[bucket]
 
@@ -510,7 +515,7 @@ class FusedViT:
             except ValueError:
                 self._turns.wait()
                 self._oversize = None
-        self._oversize = Workspace(self._plan, [bucket], self.dtype, self.device, self.tile)
+        self._oversize = Workspace(self._lean, [bucket], self.dtype, self.device, self.tile)
         return self._oversize.buffers(bucket)
 
     def __reduce__(self) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,28 +42,43 @@ def define(plan: Plan, weights: Tensors, pixels: torch.Tensor, pack: Sequence[It
     return [buffers.get(name) for name in plan.outputs]
 
 
-def launch(plan: Plan, weights: Tensors, buffers: Tensors, tile: int, side: torch.cuda.Stream | None = None) -> None:
+def launch(
+    plan: Plan,
+    weights: Tensors,
+    buffers: Tensors,
+    tile: int,
+    side: torch.cuda.Stream | None = None,
+    elsewhere: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """The plan's kernels on the current stream. Allocates nothing, synchronises nothing: fit for capture.
 
-    side: a stream for steps that are `aside`; without one they run in their turn.
+    side: a stream for steps that are `aside`; without one they run in their turn. elsewhere: the pixels and those of
+    plan.finals() that are not in the buffers, as tensors or kernels.address.Address.
     """
     running: set[str] = set()  # buffers of steps on the side stream
-    for step in plan.steps:
+    finals = {step: name for name, step in plan.finals().items() if name in elsewhere}
+    here = {**buffers, **{name: elsewhere[name] for name in elsewhere.keys() & {"pixels"}}}
+    for i, step in enumerate(plan.steps):
+        there = {**here, finals[i]: elsewhere[finals[i]]} if i in finals else here
         if side is not None and step.aside:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                launch_step(step, weights, buffers, tile, programs=ASIDE)
+                launch_step(step, weights, here, tile, there, programs=ASIDE)
             running |= step.touched
-            continue
-        if side is not None and running & step.touched:
-            torch.cuda.current_stream().wait_stream(side)
-            running.clear()
-        launch_step(step, weights, buffers, tile)
+        else:
+            if side is not None and running & step.touched:
+                torch.cuda.current_stream().wait_stream(side)
+                running.clear()
+            launch_step(step, weights, here, tile, there)
+        here = there
     if side is not None and running:
         torch.cuda.current_stream().wait_stream(side)
 
 
-def launch_step(step: Step, weights: Tensors, buffers: Tensors, tile: int, **options: Any) -> None:
+def launch_step(
+    step: Step, weights: Tensors, buffers: Tensors, tile: int, into: Tensors | None = None, **options: Any
+) -> None:
+    """One of them. into: the buffers that it writes, where not all of them are those that it reads."""
     from .kernels.ops import OPS
 
     options |= dict(step.options)
@@ -70,7 +86,7 @@ def launch_step(step: Step, weights: Tensors, buffers: Tensors, tile: int, **opt
         options["tile"] = tile
     if step.count is not None:
         options["count"] = buffers["table"][step.count :]
-    written = [buffers[name] if name else None for name in step.writes]
+    written = [(into or buffers)[name] if name else None for name in step.writes]
     OPS[step.op].launch(*written, *_inputs(step, buffers, weights), **options)
 
 

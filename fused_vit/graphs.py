@@ -16,7 +16,7 @@ from .buckets import Bucket
 from .executor import launch
 from .packing import items, table
 from .plan import Plan
-from .workspace import Workspace
+from .workspace import Workspace, addresses
 
 ASIDE = 256  # tokens of the largest bucket whose graph runs steps aside: others leave no multiprocessors idle
 _ONE_AT_A_TIME = threading.Lock()  # torch captures no two graphs of a process at once
@@ -24,7 +24,10 @@ _ONE_AT_A_TIME = threading.Lock()  # torch captures no two graphs of a process a
 
 @dataclass(slots=True)
 class BucketGraph:
-    """A captured bucket. replay() runs it on the current stream over whatever the buffers hold."""
+    """A captured bucket. replay() runs it on the current stream over whatever the buffers hold.
+
+    It reads pixels from where the table says, and writes there: what the last call named must still be memory.
+    """
 
     bucket: Bucket
     buffers: dict[str, torch.Tensor]
@@ -42,17 +45,21 @@ def capture(plan: Plan, weights: Mapping[str, torch.Tensor], workspace: Workspac
     """
     start = time.perf_counter()
     buffers = workspace.buffers(bucket)
+    elsewhere = addresses(plan, bucket, workspace.dtype, workspace.tile, buffers["table"])
     merge = plan.spec.merge
     pack = items(plan.spec, [[1, merge, merge]], merge * merge)
     smallest = torch.tensor(table(pack, workspace.tile), dtype=torch.int32)
     buffers["table"][: len(smallest)].copy_(smallest)
-    buffers["pixels"][: merge * merge].zero_()
-    launch(plan, weights, buffers, workspace.tile)
+    rows = sum(item.rows for item in pack)
+    places = [torch.zeros(rows, *at.shape[1:], dtype=at.dtype, device=at.cell.device) for at in elsewhere.values()]
+    for at, tensor in zip(elsewhere.values(), places, strict=True):
+        at.cell.fill_(tensor.data_ptr())
+    launch(plan, weights, buffers, workspace.tile, elsewhere=elsewhere)
     torch.cuda.current_stream().synchronize()
     graph = torch.cuda.CUDAGraph()
     side = torch.cuda.Stream() if bucket.tokens <= ASIDE else None
     with _capturing(graph, workspace.slab.device):
-        launch(plan, weights, buffers, workspace.tile, side)
+        launch(plan, weights, buffers, workspace.tile, side, elsewhere)
     return BucketGraph(bucket, buffers, graph, time.perf_counter() - start)
 
 

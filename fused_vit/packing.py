@@ -13,7 +13,9 @@ from .buckets import Bucket
 from .errors import InputError
 from .spec import PoolSpec, TowerSpec
 
-HEADER = 8  # rows, merged rows, images, attention tiles, windows, 3 unused
+COUNTS, CELLS = 8, 16  # rows, merged rows, images, attention tiles, windows, 3 unused; addresses (kernels.address)
+CELL = 4  # integers from one address to the next: 16 bytes
+HEADER = COUNTS + CELLS * CELL
 # of an image: frames t, height h, width w, first: row, patch, merged row; frames per segment, first window; and, of the
 # image with the n-th longest segments in the n-th place: its first attention tile, its number
 FIELDS = 10
@@ -158,4 +160,4 @@ def table(pack: Sequence[Item], tile: int) -> list[int]:
         window += item.t * item.windows
         ranked = pack[number]
         first_tile += ranked.t // ranked.frames_per_segment * -(-ranked.segment_rows // tile)
-    return [row, merged, len(pack), first_tile, window, 0, 0, 0, *fields]
+    return [row, merged, len(pack), first_tile, window, *[0] * (HEADER - 5), *fields]

@@ -6,11 +6,12 @@ The same plan is defined by torch, launched by Triton, captured into CUDA graphs
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from .packing import MERGED, ROWS, TILES, WINDOWS, Item
+from .packing import CELLS, MERGED, ROWS, TILES, WINDOWS, Item
 from .spec import ConvMergerSpec, MergerSpec, MlpSpec, NormSpec, PoolSpec, TowerSpec
 
 PAD = 64  # depths of our own buffers are padded to this, so that no kernel masks k; weights.pack says the same
@@ -81,6 +82,23 @@ class Plan:
         """The buffer of each output, None where the tower has none."""
         by_name = {buffer.name: buffer for buffer in self.buffers}
         return [by_name.get(name) for name in self.outputs]
+
+    def finals(self) -> dict[str, int]:
+        """Outputs that a launch may leave elsewhere (kernels.address), and the step from which on: their last writer.
+
+        Not those that a matmul reads afterwards, whose operands have their place from the start, nor more than the
+        table has cells for, one of which is for the pixels.
+        """
+        last = {name: i for i, step in enumerate(self.steps) for name in step.writes}
+        matmuls = [(i, step) for i, step in enumerate(self.steps) if step.matmul[0]]
+        read = {name for i, step in matmuls for name in step.reads if last.get(name, i) < i}
+        return {name: last[name] for name in [name for name in self.outputs if name and name not in read][: CELLS - 1]}
+
+    def lean(self) -> Plan:
+        """Without buffers for finals that are elsewhere from their only writer on."""
+        written = Counter(name for step in self.steps for name in step.writes)
+        gone = {name for name in self.finals() if written[name] == 1}
+        return replace(self, buffers=tuple(buffer for buffer in self.buffers if buffer.name not in gone))
 
 
 def padded(width: int) -> int:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from .buckets import Bucket
-from .packing import FIELDS, HEADER
+from .packing import CELL, COUNTS, FIELDS, HEADER
 from .plan import Buffer, Plan
+
+if TYPE_CHECKING:
+    from .kernels.address import Address
 
 ALIGNMENT = 256  # bytes
 _DTYPES = {"float32": torch.float32, "int32": torch.int32, "uint8": torch.uint8}
@@ -28,6 +32,17 @@ def shapes(plan: Plan, bucket: Bucket, tile: int) -> dict[str, tuple[int, ...]]:
         "table": HEADER + FIELDS * bucket.segments,
     }
     return {b.name: tuple(d if isinstance(d, int) else sizes[d] for d in b.shape) for b in plan.buffers}
+
+
+def addresses(plan: Plan, bucket: Bucket, dtype: torch.dtype, tile: int, table: torch.Tensor) -> dict[str, Address]:
+    """Of pixels and finals: matrices of a bucket's size, with their cells in its table."""
+    from .kernels.address import Address
+
+    shape, dtypes = shapes(plan, bucket, tile), {b.name: _DTYPES.get(b.dtype, dtype) for b in plan.buffers}
+    return {
+        name: Address(table[COUNTS + i * CELL :][:2].view(torch.int64), shape[name], dtypes[name])
+        for i, name in enumerate(("pixels", *plan.finals()))
+    }
 
 
 def _lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:

@@ -83,7 +83,8 @@ def store_linear(
     y, fetched, row, column, rows, N, row_side, column_side, operands, OPTIONS: gl.constexpr, WARPS: gl.constexpr
 ):  # fmt: skip
     """activation(norm(x) @ W.T + b) into y [rows, N], or [rows, N / 2] if gated."""
-    y_ptr, source_ptr = operands
+    y_ptr, others = operands
+    source_ptr = others[0]
     ACTIVATION: gl.constexpr = OPTIONS[0]
     GATED: gl.constexpr = OPTIONS[1]
     LIMIT: gl.constexpr = OPTIONS[2]
@@ -127,7 +128,8 @@ def residual_at(row, column, rows, N, ROWS: gl.constexpr, WARPS: gl.constexpr):
 @gluon.jit
 def fetch_residual(row, column, rows, N, operands, ROWS: gl.constexpr, WARPS: gl.constexpr):
     """x of a piece."""
-    _, _, x_ptr, _ = operands
+    _, others = operands
+    _, x_ptr, _ = others
     at, mask = residual_at(row, column, rows, N, ROWS, WARPS)
     return gl.load(x_ptr + at, mask=mask, other=0.0)
 
@@ -137,7 +139,8 @@ def store_residual(
     y, fetched, row, column, rows, N, row_side, column_side, operands, OPTIONS: gl.constexpr, WARPS: gl.constexpr
 ):
     """x + a @ W.T + b into out [rows, N], and the sums of its row and of its squares over these 64 columns."""
-    out_ptr, sums_ptr, _, capacity = operands
+    out_ptr, others = operands
+    sums_ptr, _, capacity = others
     PARTS: gl.constexpr = OPTIONS[0]
     layout: gl.constexpr = y.type.layout
     x = gl.convert_layout(fetched, layout)
@@ -190,7 +193,8 @@ def store_qkv(
 
     Where queries and keys have norms, a head is a piece.
     """
-    y_ptr, capacity, gain_ptr, head_eps = operands
+    y_ptr, others = operands
+    capacity, gain_ptr, head_eps = others
     HEAD_DIM: gl.constexpr = OPTIONS[0]
     STRIDE: gl.constexpr = OPTIONS[1]
     ROTATED: gl.constexpr = OPTIONS[2]

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .address import Address, pointer
 from .config import HopperConfig
 
 BLOCK_K = 64  # 128 bytes of a row: the widest swizzle
@@ -32,16 +33,17 @@ Vectors = tuple[torch.Tensor | None, ...]
 
 
 def hopper_matmul(
-    a: torch.Tensor, weight: torch.Tensor, epilogue: Any, operands: tuple[Any, ...], options: tuple[Any, ...], *,
+    a: torch.Tensor, weight: torch.Tensor, epilogue: Any, out: torch.Tensor | Address, operands: tuple[Any, ...],
+    options: tuple[Any, ...], *,
     fetch: Any = None, columns: Vectors, places: torch.Tensor | None = None,
     moments: tuple[torch.Tensor | None, float, bool], config: HopperConfig, programs: int, count: torch.Tensor,
 ) -> None:  # fmt: skip
     """epilogue(a @ weight.T) in 16 bits: a [rows, depth], weight [columns, depth], of the rows that count[0] holds.
 
-    epilogue: a Gluon function of a tile's piece, `operands` and `options`; fetch: one that loads for it what is of a
-    piece's size, early where registers hold that. What the epilogue finds in shared memory: of rows, 1/std and
-    -mean/std by `moments` (sums, eps, centred) and `places` [2, rows]; of columns, the vectors `columns`: bias, column
-    sums, and frequencies [2, columns], all fp32 or None.
+    epilogue: a Gluon function of a tile's piece, `out` with `operands`, and `options`; fetch: one that loads for it
+    what is of a piece's size, early where registers hold that. What the epilogue finds in shared memory: of rows,
+    1/std and -mean/std by `moments` (sums, eps, centred) and `places` [2, rows]; of columns, the vectors `columns`:
+    bias, column sums, and frequencies [2, columns], all fp32 or None.
     """
     (rows, depth), dtype = a.shape, _DTYPES[a.dtype]
     sums, eps, centred = moments
@@ -57,7 +59,8 @@ def hopper_matmul(
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(len(weight), config.block_n)
     hopper_matmul_kernel[(min(programs, tiles),)](
         boxes(a, group_rows), boxes(weight, first), boxes(weight, rest or first),
-        operands, columns, places, sums, count, len(weight), depth, 0 if sums is None else sums.shape[2], eps,
+        pointer(out), operands, columns, places, sums, count,
+        len(weight), depth, 0 if sums is None else sums.shape[2], eps,
         FETCH=fetch, EPILOGUE=epilogue, OPTIONS=options,
         PARTS=0 if sums is None else sums.shape[1], CENTRED=centred,
         ROWS=group_rows, FIRST=first, REST=rest, GROUPS=config.groups,
@@ -251,7 +254,8 @@ def multiply(
 @gluon.jit
 def hopper_matmul_kernel(
     a_desc, b_desc, b_rest_desc,  # [rows, K] in boxes of ROWS, [N, K] in boxes of FIRST and REST rows, 64 columns wide
-    operands, columns, places_ptr,             # of the epilogue; fp32 [N] each; fp32 [2, capacity]
+    out_ptr, operands,                         # of the epilogue
+    columns, places_ptr,                       # fp32 [N] each; fp32 [2, capacity]
     sums_ptr, count_ptr,                       # fp32 [2, PARTS, capacity]; rows at [0]
     N, K, capacity, eps,
     FETCH: gl.constexpr, EPILOGUE: gl.constexpr, OPTIONS: gl.constexpr, PARTS: gl.constexpr, CENTRED: gl.constexpr,
@@ -287,7 +291,9 @@ def hopper_matmul_kernel(
     fence_async_shared()  # TMA completes the barriers
     shared = (a, b, b_rest, full, empty)
     vectors = (row_side, column_side, ready, used)
-    numbers = (operands, columns, places_ptr, sums_ptr, rows, N, K, capacity, eps)
+    if out_ptr.dtype.element_ty == gl.int64:  # as address.located
+        out_ptr = gl.multiple_of(gl.load(out_ptr).to(gl.pointer_type(DTYPE)), 16)
+    numbers = ((out_ptr, operands), columns, places_ptr, sums_ptr, rows, N, K, capacity, eps)
     if GROUPS == 1:
         gl.warp_specialize(
             [

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from .address import Address, element, located, pointer
 from .config import device_arch, gemm_config, hopper_config, multiprocessors, precision, wide
 from .device import activate, glu, matmul_tile, normalise, row_moments, tile_of
 from .qkv import moments_ref
@@ -61,7 +62,7 @@ def linear_ref(
 
 
 def linear(
-    y: torch.Tensor,
+    y: torch.Tensor | Address,
     x: torch.Tensor,
     sums: torch.Tensor | None,
     source: torch.Tensor | None,
@@ -88,17 +89,18 @@ def linear(
         from .hopper_matmul import hopper_matmul
 
         hopper_matmul(
-            x, weight, store_linear, (y, source), (activation, gated, limit, scatter, sums is not None, centred),
+            x, weight, store_linear, y, (source,), (activation, gated, limit, scatter, sums is not None, centred),
             columns=(bias, colsum, None, None), moments=(sums, eps, centred),
             config=hopper, programs=programs, count=count,
         )  # fmt: skip
         return
     c = gemm_config(op, rows, x.dtype, arch)
     linear_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(columns, c.block_n),)](
-        y, x, sums, source, weight, bias, colsum, count,
+        pointer(y), x, sums, source, weight, bias, colsum, count,
         columns, depth, 0 if sums is None else sums.shape[2], eps,
         PARTS=0 if sums is None else sums.shape[1], CENTRED=centred, ACTIVATION=activation,
         GATED=gated, LIMIT=limit, SCATTER=scatter, EVEN_K=depth % c.block_k == 0, PRECISION=precision(x.dtype),
+        DTYPE=element(x),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
 
@@ -113,9 +115,10 @@ def linear_kernel(
     N, K, capacity, eps,
     PARTS: tl.constexpr, CENTRED: tl.constexpr, ACTIVATION: tl.constexpr,
     GATED: tl.constexpr, LIMIT: tl.constexpr, SCATTER: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    y_ptr = located(y_ptr, DTYPE)
     rows = tl.load(count_ptr)
     offs_m, offs_n = tile_of(rows, N, BLOCK_M, BLOCK_N)
     if tl.min(offs_m, 0) >= rows:

@@ -6,10 +6,13 @@ rows may be stored in another order), and of what a merger merges: of each patch
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
+from .address import Address, element, located, pointer
 from .config import SUM_COLUMNS, wide
 from .device import activate, add_positions, store_row_sums
 from .linear import activate_ref
@@ -49,9 +52,9 @@ def norm_ref(
 
 
 def norm(
-    y: torch.Tensor,
+    y: torch.Tensor | Address,
     sums: torch.Tensor | None,
-    x: torch.Tensor,
+    x: torch.Tensor | Address,
     source: torch.Tensor | None,
     tap_index: torch.Tensor | None,
     tap_weight: torch.Tensor | None,
@@ -68,12 +71,12 @@ def norm(
 ) -> None:
     """Launch over the rows of y that count[0] holds; y may be x where source is None. gamma and beta are fp32."""
     width = x.shape[-1] * merge // groups
-    norm_kernel[(y.numel() // width,)](
-        y, sums, x, source, tap_index, tap_weight, gamma, beta, positions, count,
+    norm_kernel[(math.prod(x.shape) // width,)](
+        pointer(y), sums, pointer(x), source, tap_index, tap_weight, gamma, beta, positions, count,
         width, 0 if sums is None else sums.shape[2], eps,
         GROUPS=groups, CENTRED=centred, ACTIVATION=activation, TAPS=0 if tap_index is None else tap_index.shape[1],
         PARTS=0 if sums is None else sums.shape[1], SUM_COLUMNS=SUM_COLUMNS,
-        BLOCK_N=max(SUM_COLUMNS, triton.next_power_of_2(width)), num_warps=4 if width <= 2048 else 8,
+        DTYPE=element(x), BLOCK_N=max(SUM_COLUMNS, triton.next_power_of_2(width)), num_warps=4 if width <= 2048 else 8,
     )  # fmt: skip
 
 
@@ -86,8 +89,9 @@ def norm_kernel(
     count_ptr,                                 # rows / GROUPS at [0]
     N, capacity, eps,
     GROUPS: tl.constexpr, CENTRED: tl.constexpr, ACTIVATION: tl.constexpr, TAPS: tl.constexpr, PARTS: tl.constexpr,
-    SUM_COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    y_ptr, x_ptr = located(y_ptr, DTYPE), located(x_ptr, DTYPE)
     rows = tl.load(count_ptr) * GROUPS
     row = tl.program_id(0) + tl.arange(0, 1)
     mask_m = row < rows

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from .address import Address, element, located, pointer
 from .config import SUM_COLUMNS, device_arch, gemm_config, precision, wide
 from .device import add_positions, matmul_tile, store_row_sums, tile_of
 
@@ -51,7 +52,7 @@ def patch_embed_ref(
 def patch_embed(
     x: torch.Tensor,
     sums: torch.Tensor,
-    pixels: torch.Tensor,
+    pixels: torch.Tensor | Address,
     source: torch.Tensor | None,
     tap_index: torch.Tensor | None,
     tap_weight: torch.Tensor | None,
@@ -67,10 +68,11 @@ def patch_embed(
     op = "bytes" if pixels.dtype == torch.uint8 else "patch_embed"
     c = gemm_config(op, rows, x.dtype, device_arch(x.device))
     patch_embed_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(width, c.block_n),)](
-        x, sums, pixels, source, tap_index, tap_weight, weight, bias, positions, count,
+        x, sums, pointer(pixels), source, tap_index, tap_weight, weight, bias, positions, count,
         width, features, stride, rows,
         TAPS=0 if tap_index is None else tap_index.shape[1],
         PARTS=sums.shape[1], SUM_COLUMNS=SUM_COLUMNS, EVEN_K=features % c.block_k == 0, PRECISION=precision(x.dtype),
+        PIXEL=element(pixels),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
 
@@ -84,8 +86,10 @@ def patch_embed_kernel(
     count_ptr,                                 # rows at [0]
     N, K, stride, capacity,
     TAPS: tl.constexpr, PARTS: tl.constexpr, SUM_COLUMNS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    PIXEL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    pixels_ptr = located(pixels_ptr, PIXEL)
     rows = tl.load(count_ptr)
     offs_m, offs_n = tile_of(rows, N, BLOCK_M, BLOCK_N)
     if tl.min(offs_m, 0) >= rows:

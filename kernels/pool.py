@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .address import Address, element, located, pointer
 from .config import wide
 from .unfold import FIELDS, HEADER, IMAGES, find_image
 
@@ -20,8 +21,8 @@ def pool_ref(x: torch.Tensor, source: torch.Tensor | None, table: torch.Tensor, 
 
 
 def pool(
-    y: torch.Tensor,
-    x: torch.Tensor,
+    y: torch.Tensor | Address,
+    x: torch.Tensor | Address,
     source: torch.Tensor | None,
     table: torch.Tensor,
     *,
@@ -31,9 +32,9 @@ def pool(
     """Launch over count[0] merged rows. y is [merged, patches, width]."""
     images, width = (table.numel() - HEADER) // FIELDS, x.shape[1]
     pool_kernel[(y.shape[0] * patches,)](
-        y, x, source, table, count, width,
+        pointer(y), pointer(x), source, table, count, width,
         PATCHES=patches, SEARCH_STEPS=images.bit_length(), HEADER=HEADER, FIELDS=FIELDS,
-        BLOCK_N=triton.next_power_of_2(width), num_warps=4,
+        DTYPE=element(x), BLOCK_N=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip
 
 
@@ -43,8 +44,9 @@ def pool_kernel(
     x_ptr, source_ptr,                         # [capacity, N], int32 [capacity] or None: where row i is stored
     table_ptr, count_ptr,                      # int32; merged rows at count[0]
     N, PATCHES: tl.constexpr, SEARCH_STEPS: tl.constexpr, HEADER: tl.constexpr, FIELDS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    y_ptr, x_ptr = located(y_ptr, DTYPE), located(x_ptr, DTYPE)
     merged = tl.program_id(0) // PATCHES
     if merged >= tl.load(count_ptr):
         return

@@ -93,7 +93,7 @@ def qkv(
         from .hopper_matmul import hopper_matmul
 
         hopper_matmul(
-            x, weight, store_qkv, (y, rows, gain, head_eps),
+            x, weight, store_qkv, y, (rows, gain, head_eps),
             (head_dim, y.shape[2], rotated * head_dim, centred, normed * head_dim),
             columns=(bias, colsum, *(frequencies if frequencies is not None else (None, None))), places=places,
             moments=(sums, eps, centred), config=hopper, programs=programs, count=count,

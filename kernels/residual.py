@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from .address import Address, element, located, pointer
 from .config import SUM_COLUMNS, device_arch, gemm_config, hopper_config, multiprocessors, precision, wide
 from .device import matmul_tile, store_row_sums, tile_of
 from .patch_embed import row_sums_ref
@@ -21,7 +22,7 @@ def residual_ref(
 
 
 def residual(
-    out: torch.Tensor,
+    out: torch.Tensor | Address,
     sums: torch.Tensor,
     x: torch.Tensor,
     a: torch.Tensor,
@@ -39,15 +40,16 @@ def residual(
         from .hopper_matmul import hopper_matmul
 
         hopper_matmul(
-            a, weight, store_residual, (out, sums, x, rows), (sums.shape[1],), fetch=fetch_residual,
+            a, weight, store_residual, out, (sums, x, rows), (sums.shape[1],), fetch=fetch_residual,
             columns=(bias, None, None, None), moments=(None, 0.0, True), config=hopper, programs=programs, count=count,
         )  # fmt: skip
         return
     c = gemm_config("residual", rows, x.dtype, arch)
     residual_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(width, c.block_n),)](
-        out, sums, x, a, weight, bias, count,
+        pointer(out), sums, x, a, weight, bias, count,
         width, depth, rows,
         PARTS=sums.shape[1], SUM_COLUMNS=SUM_COLUMNS, EVEN_K=depth % c.block_k == 0, PRECISION=precision(x.dtype),
+        DTYPE=element(x),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
 
@@ -58,9 +60,10 @@ def residual_kernel(
     x_ptr, a_ptr, weight_ptr, bias_ptr,        # [capacity, N], [capacity, K], [N, K], fp32 [N]
     count_ptr,                                 # rows at [0]
     N, K, capacity,
-    PARTS: tl.constexpr, SUM_COLUMNS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, SUM_COLUMNS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    out_ptr = located(out_ptr, DTYPE)
     rows = tl.load(count_ptr)
     offs_m, offs_n = tile_of(rows, N, BLOCK_M, BLOCK_N)
     if tl.min(offs_m, 0) >= rows:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-HEADER = 8  # table: rows, merged rows, images, attention tiles, windows, 3 unused; then FIELDS integers per image
+# table: rows, merged rows, images, attention tiles, windows, 3 unused; 16 addresses; then FIELDS integers per image
+HEADER = 8 + 16 * 4
 # t, h, w, first row, first patch, first merged row, frames per segment, first window; then, in the n-th image's place,
 # the first tile and the number of the image with the n-th longest segments
 FIELDS = 10

@@ -30,7 +30,7 @@ LAYERS = (
 )
 RANK = {name: i for i, row in enumerate(LAYERS) for name in row}
 LEAVES = {  # fused_vit.kernels and fused_vit.weights: what they may import of fused_vit, and who may import them
-    "kernels": ({"kernels"}, {"executor", "encoder", "cli"}),
+    "kernels": ({"kernels"}, {"workspace", "executor", "encoder", "cli"}),
     "weights": ({"weights", "spec", "errors", "layouts"}, {"source", "encoder", "adapters", "parity", "cli"}),
 }
 THIRD_PARTY = {  # package -> modules that may import it; torch is everybody's

@@ -81,9 +81,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     packs: list[Any] = []
     run_pack = FusedViT._run_pack
 
-    def watched(vit: FusedViT, pixels: torch.Tensor, pack: Any) -> Any:
+    def watched(vit: FusedViT, pixels: torch.Tensor, pack: Any, outputs: Any) -> Any:
         packs.append(pack)
-        return run_pack(vit, pixels, pack)
+        return run_pack(vit, pixels, pack, outputs)
 
     monkeypatch.setattr(FusedViT, "_run_pack", watched)
     return packs

@@ -24,7 +24,7 @@ from tests.gpu.towers import DEVICE, encoder, flat, pixels_of, same
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 MIB = 1 << 20
-SMALL, LARGE = [[1, 16, 16]], [[1, 128, 128]]  # LARGE takes a workspace of 194 MiB
+SMALL, LARGE = [[1, 16, 16]], [[1, 128, 128]]  # LARGE takes a workspace of 402 MiB and outputs of 100
 ALONE = "PYTEST_XDIST_WORKER" not in os.environ  # else the device's free memory is other processes' business too
 
 
@@ -47,7 +47,7 @@ def state() -> dict[str, int]:
 
 
 def predicted(vit: FusedViT, bucket: Bucket) -> int:
-    return place(vit.plan(), bucket, vit.dtype.itemsize, vit.tile)[1]
+    return place(vit.plan().lean(), bucket, vit.dtype.itemsize, vit.tile)[1]
 
 
 @contextmanager
@@ -190,7 +190,7 @@ def test_too_little_memory_for_a_large_call_costs_only_that_call() -> None:
     reference.close()
     assert same(flat(vit(small, SMALL)), want[0]) and same(flat(vit(between, middle)), want[1])
     size = predicted(vit, Bucket(128 * 128, 1))
-    with no_more_than(96 * MIB):
+    with no_more_than(224 * MIB):  # enough for the outputs
         for _ in range(2):
             with pytest.raises(torch.OutOfMemoryError, match=f"takes {size} bytes of cuda:0.*send fewer patches"):
                 vit(large, LARGE)
@@ -199,17 +199,17 @@ def test_too_little_memory_for_a_large_call_costs_only_that_call() -> None:
 
 
 def test_too_little_memory_for_the_outputs_costs_only_that_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernels run already. Fails where the end of a call that failed is not recorded, or its lock is kept."""
+    """Fails where the end of a call that failed is not recorded, or its lock is kept."""
     vit = encoder(buckets=[(1024, 16)]).warmup()
     grid = [[1, 30, 32]]
     pixels = pixels_of(vit, grid)
     want = flat(vit(pixels, grid))
 
-    def short(*_: object) -> None:
+    def short(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("no memory for an output")
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "_foreach_mul", short)
+        patch.setattr(torch, "empty_like", short)
         with pytest.raises(torch.OutOfMemoryError, match="for an output"):
             vit(pixels, grid)
     with torch.cuda.stream(torch.cuda.Stream()):

@@ -109,16 +109,16 @@ class Case:
         pointer = emulator.Pointer
         bias, out, colsum = pointer(self.bias), pointer(y, kind="bfloat16"), pointer(self.weight.sum(1))
         operands, options = {
-            "linear": ((out, pointer(self.order)), ("quick_gelu", False, None, 1, True, True)),
-            "gated": ((out, None), ("silu", True, 1.0, 1, True, True)),
-            "residual": ((out, pointer(out_sums), pointer(self.x), self.capacity), (parts,)),
+            "linear": ((pointer(self.order),), ("quick_gelu", False, None, 1, True, True)),
+            "gated": ((None,), ("silu", True, 1.0, 1, True, True)),
+            "residual": ((pointer(out_sums), pointer(self.x), self.capacity), (parts,)),
         }.get(self.op, ((), ()))
         kind = {"gated": "linear", "normed qkv": "qkv"}.get(self.op, self.op)
         store, normed = getattr(epilogues, f"store_{kind}"), self.op != "residual"
         turned = np.zeros((2, self.columns), np.float32)
         if heads:
             gain = pointer(self.gain) if heads.normed else None
-            operands = (out, self.capacity, gain, HEAD_EPS)
+            operands = (self.capacity, gain, HEAD_EPS)
             options = (heads.dim, heads.stride, heads.rotated * heads.dim, True, heads.normed * heads.dim)
             turned[:, : heads.rotated * heads.dim] = np.repeat(self.frequencies, 2, 1)
         columns = (bias, colsum if normed else None, *(pointer(f) if heads else None for f in turned))
@@ -128,7 +128,7 @@ class Case:
             for matrix, height in ((self.a, group), (self.weight, first), (self.weight, rest or first))
         ]
         emulator.launch(
-            matmul.hopper_matmul_kernel, programs, *boxes, operands, columns, places,
+            matmul.hopper_matmul_kernel, programs, *boxes, out, operands, columns, places,
             pointer(self.sums) if normed else None, pointer(np.array([self.rows])),
             self.columns, self.depth, self.capacity, EPS,
             epilogues.fetch_residual if self.op == "residual" else None, store, options,

@@ -23,7 +23,7 @@ ENCODER, CALLS, DEFINE = "tests/test_encoder.py", "tests/test_calls.py", "tests/
 CHECKPOINT, KERNELS = "tests/weights/test_checkpoint.py", "tests/kernels/interpreted.py"
 VLLM = "tests/adapters/test_vllm.py"
 EMBED, ENCODE, SOURCES = "tests/test_embed.py", "tests/test_encode.py", "tests/test_sources.py"
-TOWER_GPU = "tests/gpu/test_tower_gpu.py"
+TOWER_GPU, CALLS_GPU = "tests/gpu/test_tower_gpu.py", "tests/gpu/test_calls_gpu.py"
 CAPTURE_GPU, LARGE_GPU = "tests/gpu/test_capture_gpu.py", "tests/gpu/test_large_gpu.py"
 STEPS_GPU = "tests/gpu/test_kernels_gpu.py::test_each_step_matches_its_definition[8b-one-bfloat16]"
 ATTENTION_GPU = "tests/gpu/test_kernels_gpu.py::test_attention_in_both_forms[72-16-16-bfloat16-gluon]"
@@ -220,10 +220,14 @@ MUTANTS = (
     Mutant("windows in rows", "kernels/unfold.py", "within -= column * high * SPAN", "within -= column * wide * SPAN",
            f"{KERNELS}::test_unfold[16-windows]", interpreted=True),
     # --- what only a GPU shows: graphs, streams, memory ---
-    Mutant("an output in the workspace", "fused_vit/encoder.py",
-           "iter(torch._foreach_mul([result for result in results if result is not None], 1))",
-           "iter([result for result in results if result is not None])",
+    Mutant("outputs of the call before", "fused_vit/encoder.py",
+           "torch.empty_like(like, memory_format=torch.contiguous_format)",
+           "self.weights.setdefault(f'kept {tuple(like.shape)}', torch.empty_like(like))",
            f"{TOWER_GPU}::test_outputs_are_fresh_and_inputs_may_be_overwritten", needs="a GPU"),
+    Mutant("pixels of another dtype read in place", "fused_vit/batch.py", "pixels.dtype == self.pixels.dtype and ", "",
+           f"{CALLS_GPU}::test_any_layout_of_anything_gives_the_bits_of_the_plain_call", needs="a GPU"),
+    Mutant("pixels read in place at odd addresses", "fused_vit/batch.py", "or address % ALIGNED", "",
+           f"{CALLS_GPU}::test_any_layout_of_anything_gives_the_bits_of_the_plain_call", needs="a GPU"),
     Mutant("a stale count of rows", "fused_vit/batch.py", "self.table.copy_(pack.table, non_blocking=True)",
            "self.table[1:].copy_(pack.table[1:], non_blocking=True)",
            f"{TOWER_GPU}::test_replay_equals_eager_bit_for_bit_on_a_poisoned_slab", needs="a GPU"),
@@ -231,7 +235,7 @@ MUTANTS = (
            "self._graphs[self.buckets[bucket == self.buckets[0]]].replay()",
            f"{TOWER_GPU}::test_replay_equals_eager_bit_for_bit_on_a_poisoned_slab", needs="a GPU"),
     Mutant("packs over each other", "fused_vit/encoder.py",
-           "filled = {dim: n + pack.sizes[dim] for dim, n in filled.items()}", "pass",
+           "begin, filled = begin + pack.pixels, end", "begin = begin + pack.pixels",
            f"{TOWER_GPU}::test_packs_beyond_the_largest_bucket_are_split_and_one_larger_image_still_runs",
            needs="a GPU"),
     Mutant("a call waits for the device", "fused_vit/batch.py", "self.table.copy_(pack.table, non_blocking=True)",
