@@ -105,6 +105,8 @@ class FusedViT:
         self._plan = build_plan(spec)
         self._lean = self._plan.lean()  # of a workspace: calls bring memory for their outputs
         self._outputs = self._plan.output_buffers()
+        finals = list(self._plan.finals())
+        self._cells = [1 + finals.index(name) if name in finals else 0 for name in self._plan.outputs]
         self._graphs: dict[Bucket, BucketGraph] = {}
         self._workspace: Workspace | None = None
         self._oversize: Workspace | None = None
@@ -485,14 +487,12 @@ class FusedViT:
         return pack.views
 
     def _views_of(self, buffers: Mapping[str, torch.Tensor], pack: Pack) -> Views:
-        finals = list(self._plan.finals())
-        cells = [1 + finals.index(name) if name in finals else 0 for name in self._plan.outputs]
         results = [
             buffers[b.name][: pack.sizes[str(b.shape[0])]] if b and not cell else None
-            for b, cell in zip(self._outputs, cells, strict=True)
+            for b, cell in zip(self._outputs, self._cells, strict=True)
         ]
         pixels = buffers["pixels"][: pack.pixels, : self.spec.patch.features]
-        return Views(buffers["table"][: len(pack.table)], pixels, cells, results)
+        return Views(buffers["table"][: len(pack.table)], pixels, self._cells, results)
 
     def _graph(self, bucket: Bucket) -> BucketGraph:
         if bucket not in self._graphs:

@@ -57,7 +57,7 @@ def launch(
     """
     running: set[str] = set()  # buffers of steps on the side stream
     finals = {step: name for name, step in plan.finals().items() if name in elsewhere}
-    here = {**buffers, **{name: elsewhere[name] for name in elsewhere.keys() & {"pixels"}}}
+    here: Mapping[str, Any] = {**buffers, "pixels": elsewhere["pixels"]} if "pixels" in elsewhere else buffers
     for i, step in enumerate(plan.steps):
         there = {**here, finals[i]: elsewhere[finals[i]]} if i in finals else here
         if side is not None and step.aside:

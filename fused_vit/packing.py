@@ -146,7 +146,7 @@ def split(all_items: Sequence[Item], largest: Bucket) -> list[list[Item]]:
 
 
 def table(pack: Sequence[Item], tile: int) -> list[int]:
-    """The integers that the device needs: a header of counts, then FIELDS for each item.
+    """The integers that the device needs: a header of counts and of cells for addresses, then FIELDS for each item.
 
     `tile` is in query rows. Attention tiles are in the order of their segments' lengths, the longest first: the last to
     run are the shortest.

@@ -15,7 +15,7 @@ from .packing import CELLS, MERGED, ROWS, TILES, WINDOWS, Item
 from .spec import ConvMergerSpec, MergerSpec, MlpSpec, NormSpec, PoolSpec, TowerSpec
 
 PAD = 64  # depths of our own buffers are padded to this, so that no kernel masks k; weights.pack says the same
-# Rows of pixels and of heads start at multiples of this: 588 pixels could not be copied 16 bytes at a time, and the
+# Rows of pixels and of heads start at multiples of this: 588 pixels could not be read 16 bytes at a time, and the
 # values of a head of 72 or 88 get a column for the softmax's denominator (kernels.attention)
 ALIGN = 16
 SUM_COLUMNS = 64
@@ -86,13 +86,14 @@ class Plan:
     def finals(self) -> dict[str, int]:
         """Outputs that a launch may leave elsewhere (kernels.address), and the step from which on: their last writer.
 
-        Not those that a matmul reads afterwards, whose operands have their place from the start, nor more than the
-        table has cells for, one of which is for the pixels.
+        Not those that a matmul reads afterwards, whose operands have their place from the start, nor one that is two
+        outputs, nor more than the table has cells for, one of which is for the pixels.
         """
         last = {name: i for i, step in enumerate(self.steps) for name in step.writes}
         matmuls = [(i, step) for i, step in enumerate(self.steps) if step.matmul[0]]
         read = {name for i, step in matmuls for name in step.reads if last.get(name, i) < i}
-        return {name: last[name] for name in [name for name in self.outputs if name and name not in read][: CELLS - 1]}
+        once = [name for name in self.outputs if name and name not in read and self.outputs.count(name) == 1]
+        return {name: last[name] for name in once[: CELLS - 1]}
 
     def lean(self) -> Plan:
         """Without buffers for finals that are elsewhere from their only writer on."""

@@ -179,6 +179,8 @@ class TowerSpec:
             )
         if self.final_norm and isinstance(self.merger, (MergerSpec, ConvMergerSpec)):
             raise SpecError("a final norm and a merger with its own norm; expected one of them")
+        if self.final_norm and self.class_token and self.merge > 1:  # its rows would have no place in pixels' order
+            raise SpecError(f"a class token and a final norm with merge size {self.merge}; supported: merge size 1")
         if isinstance(self.merger, PoolSpec) and (att.segments != "clip" or not self.final_norm):
             raise SpecError("frames are pooled; expected attention over the clip and a final norm")
         if self.deepstack and not isinstance(self.merger, MergerSpec):

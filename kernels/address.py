@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 
-BYTES = 16  # between two cells, and what an address is a multiple of: kernels load and store so many at once
 _DTYPES = {
     torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64,
     torch.uint8: tl.uint8,
@@ -21,7 +20,11 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A contiguous matrix of this shape and dtype, or of fewer rows, whose address the cell (int64 [1]) holds."""
+    """A contiguous matrix of this shape and dtype, or of fewer rows, whose address the cell (int64 [1]) holds.
+
+    The address is a multiple of 16, as torch's own are: kernels load and store so many bytes at once. Where a row is no
+    multiple of that, they do not, and one row's address may be anything.
+    """
 
     cell: torch.Tensor
     shape: tuple[int, ...]

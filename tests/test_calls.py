@@ -210,6 +210,7 @@ VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "of a graph": lambda x: x.clone().requires_grad_() * 1,
     "of inference mode": inference,
     "double": lambda x: x.double(),
+    "a negative view": lambda x: torch._neg_view(-x),
 }
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from fused_vit import executor
-from fused_vit.buckets import Bucket
-from fused_vit.packing import Item
+from fused_vit.batch import make_batch
+from fused_vit.buckets import Bucket, ladder
+from fused_vit.packing import CELLS, Item
 from fused_vit.plan import Step, build_plan, cost
 from fused_vit.spec import TowerSpec
 from fused_vit.towers import parse_config
@@ -107,6 +108,27 @@ def test_no_step_overwrites_what_a_later_one_reads(tower: str, tokens: int) -> N
             whole.add(name)
         assert needed <= whole, f"{step.name} overwrites what it reads"
     assert {name for name in plan.outputs if name} <= whole
+
+
+@pytest.mark.parametrize("tower", resources.TOWERS)
+def test_finals_are_the_outputs_that_no_matmul_reads(tower: str) -> None:
+    """From their last writer on they are elsewhere; a lean workspace lacks their buffers, and no others."""
+    plan, bucket = resources.planned(tower, "meta")[0], Bucket(8192, 64)
+    outputs, finals, kept = set(filter(None, plan.outputs)), plan.finals(), {b.name for b in plan.lean().buffers}
+    for name in outputs:
+        last = max(i for i, step in enumerate(plan.steps) if name in step.writes)
+        readers = [step for step in plan.steps[last + 1 :] if name in step.reads]
+        assert (finals.get(name) == last) == all(step.op in ("norm", "pool") for step in readers)
+        elsewhere = name in finals and sum(name in step.writes for step in plan.steps) == 1
+        assert elsewhere == (name not in kept)
+    assert kept | outputs == {b.name for b in plan.buffers} and set(finals) <= outputs and "pooled" not in kept
+    assert place(plan.lean(), bucket, 2, 64)[1] <= place(plan, bucket, 2, 64)[1]
+
+
+def test_a_table_has_cells_for_sixteen_addresses() -> None:
+    """One is for the pixels; outputs beyond the others stay in the workspace."""
+    plan = build_plan(spec_of(depth=20, deepstack_visual_indexes=list(range(20))))
+    assert len(plan.finals()) == CELLS - 1 and list(plan.finals()) == list(plan.outputs)[: CELLS - 1]
 
 
 class Streams:
@@ -210,3 +232,9 @@ def test_a_workspace_that_does_not_fit_says_what_it_needs(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "empty", full)
     with pytest.raises(torch.OutOfMemoryError, match=f"256 tokens, 4 segments, takes {size} bytes.*max_tokens"):
         Workspace(plan, [bucket], torch.float32, torch.device("cpu"), 64)
+
+
+def test_tables_are_on_the_host_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        batch = make_batch(spec_of(), ladder(1024, False), 64, [[1, 4, 4]], 16)
+    assert batch.packs[0].table.device.type == "cpu" and len(batch.packs[0].cells) == CELLS

@@ -54,6 +54,8 @@ MUTANTS = (
            "tests/kernels/test_compile.py::test_a_nan_stays_one[gelu-80]"),
     Mutant("a step aside is not waited for", "fused_vit/executor.py", "running & step.touched:", "False:",
            f"{PLAN}::test_steps_aside_share_no_memory_with_what_runs_beside_them"),
+    Mutant("an output elsewhere that a matmul reads", "fused_vit/plan.py", " and name not in read", "",
+           f"{PLAN}::test_finals_are_the_outputs_that_no_matmul_reads"),
     Mutant("outputs overwritten", "fused_vit/workspace.py", "(spans[name][0], len(plan.steps)) for", "spans[name] for",
            f"{PLAN}::test_no_step_overwrites_what_a_later_one_reads"),
     Mutant("a bucket that is too small", "fused_vit/buckets.py", "tokens <= self.tokens and", "",
