@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -123,6 +124,12 @@ def test_finals_are_the_outputs_that_no_matmul_reads(tower: str) -> None:
         assert elsewhere == (name not in kept)
     assert kept | outputs == {b.name for b in plan.buffers} and set(finals) <= outputs and "pooled" not in kept
     assert place(plan.lean(), bucket, 2, 64)[1] <= place(plan, bucket, 2, 64)[1]
+
+
+def test_what_is_two_outputs_has_no_one_address() -> None:
+    """Without a final norm the last block's output is last_hidden_state, too: both are copies of one buffer."""
+    plan = build_plan(dataclasses.replace(spec_of(), hidden_state=True))
+    assert plan.outputs.count("x") == 2 and "x" not in plan.finals() and "pooled" in plan.finals()
 
 
 def test_a_table_has_cells_for_sixteen_addresses() -> None:

@@ -90,3 +90,11 @@ def test_a_spec_is_frozen_and_consistent() -> None:
     with pytest.raises(SpecError, match="kv_heads is 5"):
         dataclasses.replace(spec, attention=AttentionSpec(16, 5, 72))
     assert isinstance(hash(spec), int) and isinstance(spec, TowerSpec)
+
+
+def test_a_class_token_has_no_place_among_merged_patches_in_the_order_of_pixels() -> None:
+    spec = parse_config({"model_type": "qwen3_vl", "vision_config": {**COMMON, **SIZES["2B"][1]}})
+    norm = {"merger": None, "deepstack": (), "final_norm": spec.norm, "class_token": True}
+    with pytest.raises(SpecError, match="a class token and a final norm with merge size 2; supported: merge size 1"):
+        dataclasses.replace(spec, **norm)  # type: ignore[arg-type]
+    assert dataclasses.replace(spec, **norm, merge=1).class_token  # type: ignore[arg-type]
